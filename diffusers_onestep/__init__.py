@@ -1,0 +1,3 @@
+from .denoiser import Denoiser, GuidedDenoiser
+from .schedules import NoiseSchedule
+from .trainer import train

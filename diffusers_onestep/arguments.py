@@ -1,0 +1,97 @@
+"""The flags that all training scripts share, and their reading from the command line or a YAML/JSON file."""
+
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+
+@dataclass
+class TrainArguments:
+    """Settings of the training loop. A method's script adds its own; names are those of diffusers' examples."""
+
+    output_dir: str = field(metadata={"help": "Where the student, its card and the checkpoints go."})
+    seed: int = field(default=0, metadata={"help": "Seed of every random draw."})
+    train_batch_size: int = field(default=64, metadata={"help": "Samples per device and micro-batch."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches per optimiser step."})
+    max_train_steps: int = field(default=1000, metadata={"help": "Student updates."})
+    learning_rate: float = field(default=1e-5, metadata={"help": "Of the student."})
+    fake_score_learning_rate: float | None = field(default=None, metadata={"help": "Default: `learning_rate`."})
+    adam_beta1: float = field(default=0.9, metadata={"help": "Adam's first beta."})
+    adam_beta2: float = field(default=0.999, metadata={"help": "Adam's second beta."})
+    adam_epsilon: float = field(default=1e-8, metadata={"help": "Adam's epsilon."})
+    adam_weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay."})
+    lr_scheduler: str = field(default="constant", metadata={"help": "A name that `diffusers.optimization` knows."})
+    lr_warmup_steps: int = field(default=0, metadata={"help": "Student updates of linear warm-up."})
+    max_grad_norm: float | None = field(default=None, metadata={"help": "Default: the method's; 0 means no clipping."})
+    ema_halflife_kimg: float = field(default=0.0, metadata={"help": "Half-life in 1000 images; 0 means no EMA."})
+    ema_rampup_ratio: float = field(default=0.05, metadata={"help": "Half-life is at most this part of images seen."})
+    mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16; weights stay float32."})
+    checkpointing_steps: int = field(default=500, metadata={"help": "Write a checkpoint every so many steps."})
+    checkpoints_total_limit: int | None = field(default=2, metadata={"help": "Keep only the newest ones."})
+    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "'latest' or a checkpoint's folder."})
+    validation_steps: int = field(default=0, metadata={"help": "Write samples.png every so many steps; 0: at the end."})
+    logging_steps: int = field(default=10, metadata={"help": "Write log.jsonl and trackers every so many steps."})
+    report_to: str | None = field(default=None, metadata={"help": "tensorboard, wandb, trackio, or several with commas."})
+    cpu_threads: int | None = field(default=None, metadata={"help": "torch.set_num_threads, if given."})
+
+    def __post_init__(self):
+        for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, but is {getattr(self, name)}.")
+        if self.mixed_precision not in ("no", "bf16", "fp16"):
+            raise ValueError(f"`mixed_precision` must be 'no', 'bf16' or 'fp16', but is {self.mixed_precision!r}.")
+
+
+def parse_args(arguments_class: type, argv: list[str] | None = None, presets: dict[str, dict] | None = None):
+    """Read one dataclass of flags: `[--config FILE] [--preset NAME] --flag value ...`.
+
+    A preset is overridden by the file, and the file by the command line. An unknown flag or key is an error.
+
+    Args:
+        arguments_class (`type`): the dataclass to fill.
+        argv (`list[str]`, *optional*): defaults to the command line.
+        presets (`dict`, *optional*): published configurations by name.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(arguments_class)
+    parser.add_argument("--config", default=None, help="YAML or JSON file of flags; the command line wins.")
+    if presets:
+        parser.add_argument("--preset", default=None, choices=sorted(presets), help="A published configuration.")
+    known, _ = _peek(argv)
+    values = {}
+    if known.get("preset") is not None:
+        if known["preset"] not in (presets or {}):
+            raise ValueError(f"`preset` must be one of {sorted(presets or {})}, but is {known['preset']!r}.")
+        values |= presets[known["preset"]]
+    if known.get("config") is not None:
+        values |= _read(Path(known["config"]))
+    names = {f.name for f in fields(arguments_class)}
+    if unknown := values.keys() - names:
+        raise ValueError(f"`config` must only hold flags of {arguments_class.__name__}, but has {sorted(unknown)}.")
+    # the file's values become defaults, so that argparse lets the command line override each of them
+    for action in parser._actions:
+        if action.dest in values:
+            action.required, action.default = False, values[action.dest]
+    namespace = parser.parse_args(argv)
+    return arguments_class(**{name: getattr(namespace, name) for name in names if hasattr(namespace, name)})
+
+
+def _peek(argv: list[str]) -> tuple[dict[str, str], list[str]]:
+    import argparse
+
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--config")
+    peek.add_argument("--preset")
+    known, rest = peek.parse_known_args(argv)
+    return vars(known), rest
+
+
+def _read(path: Path) -> dict:
+    import json
+
+    import yaml
+
+    text = path.read_text()
+    return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)

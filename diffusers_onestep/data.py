@@ -1,0 +1,118 @@
+"""Batches for training: any map-style data set, in an order that resumes and splits over ranks exactly."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+
+class Samples(Protocol):
+    """A data set that answers a list of places with a batch: `"x0"`, `"noise"`, `"target"` as it has them, and `"cond"`."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, places: list[int]) -> dict[str, Any]: ...
+
+
+class Batches:
+    """Endless batches in a new random order each epoch.
+
+    Sample number `n` of a run (counted over steps, micro-batches and ranks) is place `n % len` of the permutation of epoch
+    `n // len`: so any step can be started at once, and the global batch does not depend on how it is split.
+
+    Args:
+        samples (`Samples`): the data set.
+        batch_size (`int`): samples per rank and micro-batch.
+        seed (`int`, *optional*, defaults to 0): of the permutations.
+    """
+
+    def __init__(self, samples: Samples, batch_size: int, seed: int = 0):
+        self.samples, self.batch_size, self.seed = samples, batch_size, seed
+        self._epoch, self._order = -1, []
+
+    def start(self, step: int, accelerator: Accelerator, accumulation: int) -> Iterator[dict[str, Any]]:
+        """This rank's micro-batches from optimiser step `step` on."""
+        ranks, rank, size = accelerator.num_processes, accelerator.process_index, self.batch_size
+        micro_batch = step * accumulation
+        while True:
+            first = (micro_batch * ranks + rank) * size
+            yield self.samples.batch([self.place(n) for n in range(first, first + size)]) | {"batch_size": size}
+            micro_batch += 1
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self.start(0, Accelerator(), 1)
+
+    def place(self, n: int) -> int:
+        """Where sample number `n` of the run lies in the data set."""
+        epoch, offset = divmod(n, len(self.samples))
+        if epoch != self._epoch:
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.samples))
+            self._epoch, self._order = epoch, order.tolist()
+        return self._order[offset]
+
+
+class Conditions:
+    """Nothing but conditions, for data-free methods: one row for every label (or prompt), or none at all."""
+
+    def __init__(self, cond: Mapping[str, torch.Tensor] | None = None):
+        self.cond = dict(cond or {})
+
+    def __len__(self):
+        return len(next(iter(self.cond.values()))) if self.cond else 1
+
+    def batch(self, places):
+        return {"cond": {k: v[places] for k, v in self.cond.items()}}
+
+
+class LabelledImages:
+    """Images in memory as uint8 `(N, C, H, W)` with labels `(N,)` or None; `"x0"` comes in [-1, 1]."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor | None, names: list[str] | None = None):
+        self.images, self.labels, self.names = images, labels, names
+
+    def __len__(self):
+        return len(self.images)
+
+    def batch(self, places):
+        cond = {} if self.labels is None else {"class_labels": self.labels[places]}
+        return {"x0": self.images[places].float() / 127.5 - 1, "cond": cond}
+
+
+def load_images(dataset: str, split: str = "train") -> LabelledImages:
+    """Read images with labels into memory.
+
+    Args:
+        dataset (`str`): an `.npz` with `images_SPLIT` `(N, H, W[, C])` uint8, `labels_SPLIT` and `class_names`; or a data set
+            that `datasets.load_dataset` knows, with an image and, if it has labels, a `ClassLabel` column.
+        split (`str`, *optional*, defaults to `"train"`): `"train"` or `"test"`.
+
+    Raises:
+        ValueError: if there are no such images.
+    """
+    if dataset.endswith(".npz"):
+        if not Path(dataset).is_file():
+            raise ValueError(f"`dataset` must be a file or a Hub data set, but {dataset!r} does not exist.")
+        arrays = np.load(dataset, allow_pickle=False)
+        if f"images_{split}" not in arrays.files:
+            raise ValueError(f"`dataset` must hold `images_{split}`, but {dataset!r} holds {arrays.files}.")
+        images, labels = arrays[f"images_{split}"], torch.from_numpy(arrays[f"labels_{split}"]).long()
+        names = [str(name) for name in arrays["class_names"]]
+        return LabelledImages(_channels_first(images), labels, names)
+    from datasets import ClassLabel, Image, load_dataset
+
+    rows = load_dataset(dataset, split=split)
+    image = next((k for k, v in rows.features.items() if isinstance(v, Image)), None)
+    label = next((k for k, v in rows.features.items() if isinstance(v, ClassLabel)), None)
+    if image is None:
+        raise ValueError(f"`dataset` must have an image column, but {dataset!r} has {sorted(rows.features)}.")
+    images = np.stack([np.asarray(picture) for picture in rows[image]])
+    labels = None if label is None else torch.tensor(rows[label])
+    return LabelledImages(_channels_first(images), labels, None if label is None else rows.features[label].names)
+
+
+def _channels_first(images: np.ndarray) -> torch.Tensor:
+    images = torch.from_numpy(images)
+    return images[:, None].contiguous() if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,198 @@
+"""One view over any teacher: `(x_t, t, cond) -> x0`, whatever the network predicts and in whatever dtype it runs."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .schedules import EDMSchedule, NoiseSchedule
+
+Cond = Mapping[str, torch.Tensor]
+
+PREDICTION_TYPES = {
+    # prediction_type: (c_skip, c_out) of x0 = c_skip * x_t + c_out * model_output, from alpha, sigma, sigma_data
+    "epsilon": lambda alpha, sigma, _: (1 / alpha, -sigma / alpha),
+    "v_prediction": lambda alpha, sigma, _: (alpha / (alpha**2 + sigma**2), -sigma / (alpha**2 + sigma**2)),
+    "sample": lambda alpha, sigma, _: (torch.zeros_like(alpha), torch.ones_like(alpha)),
+    "flow_prediction": lambda alpha, sigma, _: (1 / (alpha + sigma), -sigma / (alpha + sigma)),
+    "edm": lambda _, sigma, sd: (sd**2 / (sigma**2 + sd**2), sigma * sd / (sigma**2 + sd**2).sqrt()),
+}
+
+
+def check_prediction_type(prediction_type: str) -> None:
+    """Raise a `ValueError` unless `prediction_type` is a row of the table above."""
+    if prediction_type not in PREDICTION_TYPES:
+        raise ValueError(f"`prediction_type` must be one of {sorted(PREDICTION_TYPES)}, but is {prediction_type!r}.")
+
+
+def x0_coefficients(
+    schedule: NoiseSchedule, prediction_type: str, t: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`c_skip` and `c_out` of `x0 = c_skip * x_t + c_out * model_output`, each `(B, 1, 1, 1)` in float64."""
+    alpha, sigma = schedule.alpha_sigma(t.double())
+    return PREDICTION_TYPES[prediction_type](alpha, sigma, getattr(schedule, "sigma_data", None))
+
+
+def predict_x0(
+    schedule: NoiseSchedule, prediction_type: str, x_t: torch.Tensor, t: torch.Tensor, model_output: torch.Tensor
+) -> torch.Tensor:
+    """`x0 = c_skip * x_t + c_out * model_output`, in float32 (float64 for float64 samples), never clipped."""
+    dtype = torch.promote_types(x_t.dtype, torch.float32)
+    c_skip, c_out = x0_coefficients(schedule, prediction_type, t)
+    return c_skip.to(dtype) * x_t.to(dtype) + c_out.to(dtype) * model_output.to(dtype)
+
+
+def scale_input(schedule: NoiseSchedule, prediction_type: str, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """What the network sees of `x_t`: `x_t / sqrt(sigma**2 + sigma_data**2)` for EDM, else `x_t` itself."""
+    if not isinstance(schedule, EDMSchedule):
+        return x_t
+    _, sigma = schedule.alpha_sigma(t.double())
+    return x_t * (sigma**2 + schedule.sigma_data**2).rsqrt().to(x_t.dtype)
+
+
+class Denoiser(nn.Module):
+    """A diffusion network seen as an `x0` predictor: `x0 = c_skip * x_t + c_out * network(scaled x_t, t, **cond)`.
+
+    The network is called in its own dtype; all other arithmetic is float32 (float64 for float64 samples), and the result has
+    the dtype of `x_t`. Nothing is clipped, so gradients flow through.
+
+    Args:
+        network (`nn.Module`): called as `network(x_t, t, **cond)`; returns a tensor, a tuple or a diffusers output.
+            Channels beyond those of `x_t` (a learned variance) are dropped.
+        schedule (`NoiseSchedule`): the forward process that the network was trained on.
+        prediction_type (`str`): `"epsilon"`, `"v_prediction"`, `"sample"`, `"flow_prediction"` or `"edm"`.
+
+    Raises:
+        ValueError: if `prediction_type` is unknown, or is `"epsilon"` on a schedule without signal at its noisiest step.
+
+    Example:
+
+    ```python
+    >>> from diffusers import DDPMPipeline
+    >>> from diffusers_onestep import Denoiser, NoiseSchedule
+    >>> pipe = DDPMPipeline.from_pretrained("google/ddpm-cifar10-32")
+    >>> denoiser = Denoiser(pipe.unet, NoiseSchedule.from_scheduler(pipe.scheduler), pipe.scheduler.config.prediction_type)
+    ```
+    """
+
+    def __init__(self, network: nn.Module, schedule: NoiseSchedule, prediction_type: str):
+        super().__init__()
+        check_prediction_type(prediction_type)
+        if (prediction_type == "edm") != isinstance(schedule, EDMSchedule):
+            raise ValueError(
+                "`prediction_type` must be 'edm' with an EDM schedule and only there, but is "
+                f"{prediction_type!r} with {type(schedule).__name__}."
+            )
+        if prediction_type == "epsilon":
+            alpha, _ = schedule.alpha_sigma(torch.tensor([schedule.t_max], dtype=torch.float64))
+            if alpha.item() < 1e-6:
+                raise ValueError(
+                    "`prediction_type` must not be 'epsilon' where the noisiest timestep holds no signal "
+                    f"(alpha is {alpha.item():.1e} at t = {schedule.t_max}): x0 cannot be told from the noise there."
+                )
+        self.network = network
+        self.schedule = schedule
+        self.prediction_type = prediction_type
+        self.autocast_dtype: torch.dtype | None = None  # set by the trainer for mixed precision
+        self._timestep_by_name = "timestep" in inspect.signature(network.forward).parameters
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: Cond | None = None) -> torch.Tensor:
+        """Predicted `x0`, shape and dtype of `x_t` `(B, C, H, W)`, at timesteps `t` `(B,)`."""
+        model_output = self.model_output(x_t, t, cond)
+        return predict_x0(self.schedule, self.prediction_type, x_t, t, model_output).to(x_t.dtype)
+
+    def model_output(self, x_t: torch.Tensor, t: torch.Tensor, cond: Cond | None = None) -> torch.Tensor:
+        """The network output at `(x_t, t)`, `(B, C, H, W)`, in at least float32."""
+        x_t = x_t.to(torch.promote_types(x_t.dtype, torch.float32))
+        return self.call_network(scale_input(self.schedule, self.prediction_type, x_t, t), t, cond)
+
+    def call_network(self, sample: torch.Tensor, t: torch.Tensor, cond: Cond | None = None) -> torch.Tensor:
+        """The network on an input that is scaled already, as a diffusers scheduler hands it out; dtype of `sample`."""
+        dtype = next((p.dtype for p in self.network.parameters() if p.is_floating_point()), sample.dtype)
+        kwargs: dict[str, Any] = {k: v.to(dtype) if v.is_floating_point() else v for k, v in (cond or {}).items()}
+        t = t.expand(sample.shape[0])
+        # one autocast region per call: a longer one would hand weights cast under no_grad to a call that needs gradients
+        with torch.autocast(sample.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            if self._timestep_by_name:
+                output = self.network(sample.to(dtype), timestep=t, **kwargs)
+            else:
+                output = self.network(sample.to(dtype), t, **kwargs)
+        output = output if isinstance(output, torch.Tensor) else output[0]
+        return output[:, : sample.shape[1]].to(sample.dtype)
+
+    def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """`x_t = alpha * x0 + sigma * noise`, computed in at least float32, in the dtype of `x0`."""
+        dtype = torch.promote_types(x0.dtype, torch.float32)
+        alpha, sigma = self.schedule.alpha_sigma(t.double())
+        return (alpha.to(dtype) * x0 + sigma.to(dtype) * noise).to(x0.dtype)
+
+    def weight(self, t: torch.Tensor) -> torch.Tensor:
+        """`1 / c_out**2`, `(B, 1, 1, 1)` in float32: `weight * (x0_pred - x0)**2` is the network's own training loss."""
+        _, c_out = x0_coefficients(self.schedule, self.prediction_type, t)
+        return (1 / c_out**2).float()
+
+
+class GuidedDenoiser(nn.Module):
+    """Classifier-free guidance as a denoiser: `uncond + guidance_scale * (cond - uncond)` (Ho & Salimans 2022, Eq. 6).
+
+    Guiding `x0` equals guiding the model output, because `x0` is affine in it. One network call on the doubled batch; with
+    `guidance_scale` 1.0 one call on the plain batch, and with 0.0 one on the negative condition.
+
+    Args:
+        denoiser (`Denoiser`): the conditional and unconditional model in one.
+        guidance_scale (`float`): 1.0 means off.
+        negative_cond (`dict` of tensors): the unconditional inputs, of batch size 1 or that of the call.
+    """
+
+    def __init__(self, denoiser: Denoiser, guidance_scale: float, negative_cond: Cond | None = None):
+        super().__init__()
+        if guidance_scale != 1.0 and not negative_cond:
+            raise ValueError(
+                f"`guidance_scale` must be 1.0 for a teacher without a null condition, but is {guidance_scale}."
+            )
+        self.denoiser = denoiser
+        self.guidance_scale = guidance_scale
+        self.negative_cond = dict(negative_cond or {})
+
+    @property
+    def network(self) -> nn.Module:
+        return self.denoiser.network
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return self.denoiser.schedule
+
+    @property
+    def prediction_type(self) -> str:
+        return self.denoiser.prediction_type
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: Cond | None = None) -> torch.Tensor:
+        """Guided prediction of `x0`, shape and dtype of `x_t`."""
+        return self._guided(self.denoiser, x_t, t, cond)
+
+    def call_network(self, sample: torch.Tensor, t: torch.Tensor, cond: Cond | None = None) -> torch.Tensor:
+        """The guided network output for an input that is scaled already."""
+        return self._guided(self.denoiser.call_network, sample, t, cond)
+
+    def _guided(self, predict: Callable, x: torch.Tensor, t: torch.Tensor, cond: Cond | None) -> torch.Tensor:
+        if self.guidance_scale == 1.0:
+            return predict(x, t, cond)
+        t = t.expand(x.shape[0])
+        negative = {k: v.to(x.device).expand(x.shape[0], *v.shape[1:]) for k, v in self.negative_cond.items()}
+        if self.guidance_scale == 0.0:
+            return predict(x, t, negative)
+        if not cond or cond.keys() != negative.keys():
+            raise ValueError(f"`cond` must have the keys {sorted(negative)} of `negative_cond`, but has {sorted(cond or {})}.")
+        both = {k: torch.cat([negative[k], cond[k]]) for k in cond}
+        uncond, conditional = predict(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        return uncond + self.guidance_scale * (conditional - uncond)
+
+    def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """`alpha * x0 + sigma * noise`."""
+        return self.denoiser.add_noise(x0, noise, t)
+
+    def weight(self, t: torch.Tensor) -> torch.Tensor:
+        """`1 / c_out**2`."""
+        return self.denoiser.weight(t)

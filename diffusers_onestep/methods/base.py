@@ -1,0 +1,96 @@
+"""What the training loop needs from a method, and the random draws that all methods share."""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import nn
+
+from ..denoiser import Denoiser, GuidedDenoiser
+
+Batch = dict[str, Any]
+Generators = torch.Generator | list[torch.Generator] | None
+Updates = Iterator[tuple[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method comes from."""
+
+    title: str
+    arxiv_id: str
+    citation: str
+
+
+def normal(shape: tuple[int, ...], generator: Generators = None, device: torch.device | None = None) -> torch.Tensor:
+    """Standard normal noise; one generator per sample makes it independent of how the batch is split."""
+    return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+
+
+def uniform(batch_size: int, generator: Generators = None, device: torch.device | None = None) -> torch.Tensor:
+    """`(B,)` draws from [0, 1), from one generator or one per sample."""
+    if isinstance(generator, list):
+        return torch.cat([uniform(1, g, device) for g in generator])
+    return torch.rand(batch_size, generator=generator, device=generator.device if generator else device).to(device)
+
+
+def sample_shape_of(teacher: Any) -> tuple[int, int, int]:
+    """`(C, H, W)` of model space: the teacher's `sample_shape`, else what its network's config says."""
+    if hasattr(teacher, "sample_shape"):
+        return tuple(teacher.sample_shape)
+    config = getattr(teacher.network, "config", None)
+    if config is None:
+        raise ValueError("`sample_shape` must be given for a teacher whose network has no diffusers config.")
+    size = config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return config.in_channels, height, width
+
+
+def copy_denoiser(denoiser: Denoiser | GuidedDenoiser) -> Denoiser:
+    """An unguided, trainable float32 copy of a denoiser: fp32 master weights, whatever the teacher's dtype."""
+    network = copy.deepcopy(denoiser.network).float().requires_grad_(True)
+    return Denoiser(network, denoiser.schedule, denoiser.prediction_type)
+
+
+class Distiller(ABC):
+    """A method: networks to train, and the paper's algorithm box as a generator of losses.
+
+    `updates(batch)` yields `(name, loss)`; the loop steps network `name` before it asks for the next loss. With gradient
+    accumulation the loop runs one such generator per micro-batch in lock step.
+    """
+
+    paper: Paper
+    student: Denoiser
+    sample_shape: tuple[int, int, int]
+    max_grad_norm: float | None = None
+
+    @property
+    @abstractmethod
+    def trainable(self) -> dict[str, nn.Module]:
+        """Networks by name; `"student"` is the one that is saved."""
+
+    @abstractmethod
+    def updates(self, batch: Batch, generator: Generators = None) -> Updates:
+        """Yield `(network name, loss)` in the paper's order, for a batch of `"batch_size"` and `"cond"`."""
+
+    @property
+    def frozen(self) -> list[nn.Module]:
+        """Networks that are used but never trained."""
+        return []
+
+    @property
+    def diagnostics(self) -> dict[str, torch.Tensor]:
+        """Numbers of the last update worth logging, detached."""
+        return {}
+
+    @contextmanager
+    def training_only(self, name: str):
+        """Give gradients to the parameters of network `name` and to no other."""
+        for other, network in self.trainable.items():
+            network.requires_grad_(other == name)
+        yield

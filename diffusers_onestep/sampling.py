@@ -1,0 +1,51 @@
+"""Many-step sampling of a teacher with diffusers' own schedulers, and pictures of what came out."""
+
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, SchedulerMixin
+
+from .denoiser import Cond, Denoiser, GuidedDenoiser
+from .schedules import VPSchedule
+
+
+@torch.no_grad()
+def sample(
+    denoiser: Denoiser | GuidedDenoiser,
+    scheduler: SchedulerMixin,
+    noise: torch.Tensor,
+    cond: Cond | None = None,
+    *,
+    num_inference_steps: int,
+) -> torch.Tensor:
+    """Solve the teacher's ODE from unit-variance `noise` `(B, C, H, W)` with a stock scheduler; returns `x0`.
+
+    A variance-preserving scheduler without deterministic steps of its own (DDPM) is replaced by DDIM on the same config
+    (Song et al. 2021, Eq. 12), with trailing timesteps so that the first one is the noisiest.
+    """
+    if isinstance(denoiser.schedule, VPSchedule) and type(scheduler).__name__ == "DDPMScheduler":
+        scheduler = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
+    scheduler.set_timesteps(num_inference_steps, device=noise.device)
+    x = noise * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        output = denoiser.call_network(scheduler.scale_model_input(x, t), t, cond)
+        x = scheduler.step(output, t, x).prev_sample
+    return x
+
+
+def picture(x0: torch.Tensor) -> torch.Tensor:
+    """Pixels `(B, C, H, W)` uint8 of samples in [-1, 1]."""
+    return ((x0.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+
+
+def save_grid(pixels: torch.Tensor, path: Path, columns: int, scale: int = 2) -> None:
+    """Write uint8 pixels `(B, C, H, W)` as a PNG of rows of `columns` pictures, beside first and then renamed."""
+    from PIL import Image
+
+    rows = [torch.cat(list(row), dim=2) for row in pixels.split(columns) if len(row) == columns]
+    grid = torch.cat(rows, dim=1).permute(1, 2, 0).numpy()
+    image = Image.fromarray(grid.squeeze(-1) if grid.shape[-1] == 1 else grid)
+    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    beside = path.with_name(f".{path.name}.writing.png")
+    image.save(beside)
+    beside.replace(path)

@@ -1,0 +1,395 @@
+"""`train()`: the one Accelerate loop for every method, with EMA, checkpoints, resume, samples and trackers.
+
+A step is one student update. Randomness comes from one generator per sample, seeded by (seed, step, place in the global
+batch): a resumed run repeats the draws exactly, and they do not depend on how a batch is split over ranks and micro-batches.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import set_seed
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from tqdm.auto import tqdm
+
+from .arguments import TrainArguments
+from .denoiser import Denoiser
+from .methods.base import Batch, Distiller
+
+logger = get_logger(__name__)
+
+
+class HalfLifeEMA(EMAModel):
+    """Exponential moving average with a half-life in images: `beta = 0.5**(batch / min(halflife, rampup * images_seen))`
+    (Karras et al. 2020; SiD, training loop). The first update copies the parameters."""
+
+    def __init__(self, parameters, halflife_images: float, rampup_ratio: float):
+        super().__init__(parameters, decay=1.0, foreach=True)
+        self.halflife_images, self.rampup_ratio = halflife_images, rampup_ratio
+        self.images_seen, self.batch_size = 0, 1
+
+    def get_decay(self, optimization_step: int) -> float:
+        halflife = min(self.halflife_images, self.rampup_ratio * self.images_seen)
+        return 0.5 ** (self.batch_size / max(halflife, 1e-8))
+
+    @contextmanager
+    def applied(self, parameters: list[torch.nn.Parameter]):
+        """Put the averaged weights into `parameters` for a while."""
+        self.store(parameters)
+        self.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self.restore(parameters)
+
+
+def sample_generators(seed: int, step: int, places: Iterable[int]) -> list[torch.Generator]:
+    """One CPU generator per place in the global batch of a step."""
+    digests = (hashlib.blake2b(f"{seed}/{step}/{place}".encode(), digest_size=4).digest() for place in places)
+    return [torch.Generator().manual_seed(int.from_bytes(digest, "little")) for digest in digests]
+
+
+def train(
+    distiller: Distiller,
+    batches: Iterable[Batch],
+    args: TrainArguments,
+    *,
+    save: Callable[[Path], None] | None = None,
+    validate: Callable[[Path], None] | None = None,
+) -> None:
+    """Train `distiller.trainable` for `args.max_train_steps` student updates.
+
+    Args:
+        distiller (`Distiller`): the method.
+        batches (iterable of `dict`): endless micro-batches for this process. An object with
+            `start(step, accelerator, gradient_accumulation_steps)` is asked for its iterator from there; any other iterable is
+            advanced past what an earlier run has used.
+        args (`TrainArguments`): settings of the loop.
+        save (callable, *optional*): writes the student, whose averaged weights are in place, into a folder.
+        validate (callable, *optional*): writes sample pictures into a folder.
+
+    Raises:
+        FloatingPointError: when a loss is not finite; names method, network, step and the last good checkpoint.
+        SystemExit: after SIGTERM or Ctrl-C, when the checkpoint is written.
+    """
+    Trainer(distiller, args, save, validate).run(batches)
+
+
+class Trainer:
+    """The state of one run; use `train()`."""
+
+    def __init__(self, distiller: Distiller, args: TrainArguments, save=None, validate=None):
+        self.distiller, self.args = distiller, args
+        self.save_student, self.validate = save, validate
+        self.output_dir = Path(args.output_dir)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        if args.cpu_threads:
+            torch.set_num_threads(args.cpu_threads)
+        trackers = args.report_to.split(",") if args.report_to else None
+        self.accelerator = Accelerator(
+            mixed_precision=args.mixed_precision, log_with=trackers, project_dir=self.output_dir / "logs"
+        )
+        if trackers and {str(getattr(t, "value", t)) for t in self.accelerator.log_with} != set(trackers):
+            raise ValueError(f"`report_to` must name installed trackers, but is {args.report_to!r}: install it first.")
+        set_seed(args.seed)
+        self.step, self.images_seen, self.train_seconds = 0, 0, 0.0
+        self._stop_signal = None
+        self._prepare()
+
+    def _prepare(self) -> None:
+        args, accelerator = self.args, self.accelerator
+        dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]
+        for denoiser in (v for v in vars(self.distiller).values() if isinstance(v, torch.nn.Module)):
+            denoiser.to(accelerator.device)
+            for part in denoiser.modules():
+                if isinstance(part, Denoiser):
+                    part.autocast_dtype = dtype
+        self.optimizers, self.lr_schedulers, self.parameters = {}, {}, {}
+        for name, network in self.distiller.trainable.items():
+            # evaluation mode: no DDP wrapper. Gradients of frozen networks flow in some phases and several forwards share
+            # one backward, so the loop averages gradients itself.
+            accelerator.prepare_model(network, evaluation_mode=True)
+            self.parameters[name] = list(network.parameters())
+            rate = args.learning_rate
+            if name == "fake_score" and args.fake_score_learning_rate is not None:
+                rate = args.fake_score_learning_rate
+            optimizer = torch.optim.AdamW(
+                self.parameters[name],
+                lr=rate,
+                betas=(args.adam_beta1, args.adam_beta2),
+                eps=args.adam_epsilon,
+                weight_decay=args.adam_weight_decay,
+            )
+            self.lr_schedulers[name] = get_scheduler(
+                args.lr_scheduler,
+                optimizer,
+                num_warmup_steps=args.lr_warmup_steps,
+                num_training_steps=args.max_train_steps,
+            )
+            accelerator.register_for_checkpointing(self.lr_schedulers[name])
+            self.optimizers[name] = accelerator.prepare_optimizer(optimizer)
+        self.ema = None
+        if args.ema_halflife_kimg:
+            self.ema = HalfLifeEMA(self.parameters["student"], 1000 * args.ema_halflife_kimg, args.ema_rampup_ratio)
+            accelerator.register_for_checkpointing(self.ema)
+        self.max_grad_norm = self.distiller.max_grad_norm if args.max_grad_norm is None else args.max_grad_norm
+
+    # the loop
+
+    def run(self, batches: Iterable[Batch]) -> None:
+        args, accelerator = self.args, self.accelerator
+        if args.resume_from_checkpoint:
+            self.resume()
+        if accelerator.is_main_process:
+            write_json(self.output_dir / "training_args.json", asdict(args))
+            truncate_log(self.output_dir / "log.jsonl", self.step)
+        accelerator.init_trackers("diffusers-onestep", config=_scalars(asdict(args)))
+        stream = self.stream(batches)
+        bar = tqdm(
+            total=args.max_train_steps, initial=self.step, disable=not accelerator.is_main_process, desc="training"
+        )
+        with self.signals():
+            while self.step < args.max_train_steps:
+                started = time.perf_counter()
+                losses = self.train_step([next(stream) for _ in range(args.gradient_accumulation_steps)])
+                self.train_seconds += time.perf_counter() - started
+                bar.update()
+                if self.step % args.logging_steps == 0 or self.step == args.max_train_steps:
+                    bar.set_postfix({k: f"{v:.4g}" for k, v in losses.items()})
+                    self.log(losses)
+                stopping = self.stopping()
+                if stopping or self.step % args.checkpointing_steps == 0 or self.step == args.max_train_steps:
+                    self.save_checkpoint()
+                if args.validation_steps and self.step % args.validation_steps == 0:
+                    self.write_samples()
+                if stopping:
+                    self.leave(stopping)
+        bar.close()
+        self.write_samples()
+        accelerator.end_training()
+
+    def train_step(self, micro_batches: list[Batch]) -> dict[str, float]:
+        """One student update and all that belongs to it; returns the mean loss of each network."""
+        count = len(micro_batches)
+        runs = [
+            self.distiller.updates(self.to_device(batch), self.generators(number, batch["batch_size"]))
+            for number, batch in enumerate(micro_batches)
+        ]
+        losses: dict[str, list[torch.Tensor]] = {}
+        while True:
+            items = []
+            for run in runs:
+                if (item := next(run, None)) is not None:
+                    name, loss = item
+                    self.accelerator.backward(loss / count)
+                    items.append((name, loss.detach() / count))
+                    del item, loss
+            if not items:
+                break
+            name = items[0][0]
+            loss = self.accelerator.reduce(sum(loss for _, loss in items), "mean")
+            if not torch.isfinite(loss):
+                self.fail(name, loss)
+            losses.setdefault(name, []).append(loss)
+            self.optimizer_step(name)
+        batch_size = sum(batch["batch_size"] for batch in micro_batches) * self.accelerator.num_processes
+        if self.ema is not None:
+            self.ema.images_seen, self.ema.batch_size = self.images_seen, batch_size
+            for parameter in self.parameters["student"]:
+                parameter.requires_grad_(True)  # EMAModel copies what needs no gradient
+            self.ema.step(self.parameters["student"])
+        for scheduler in self.lr_schedulers.values():
+            scheduler.step()
+        self.step += 1
+        self.images_seen += batch_size
+        return {name: torch.stack(values).mean().item() for name, values in losses.items()}
+
+    def optimizer_step(self, name: str) -> None:
+        optimizer, parameters = self.optimizers[name], self.parameters[name]
+        if self.accelerator.num_processes > 1:
+            average_gradients(self.accelerator, parameters)
+        if self.max_grad_norm:
+            self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm)
+        optimizer.step()
+        for other in self.optimizers.values():
+            other.zero_grad()
+
+    def generators(self, micro_batch: int, batch_size: int) -> list[torch.Generator]:
+        first = (micro_batch * self.accelerator.num_processes + self.accelerator.process_index) * batch_size
+        return sample_generators(self.args.seed, self.step, range(first, first + batch_size))
+
+    def stream(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        accumulation = self.args.gradient_accumulation_steps
+        if hasattr(batches, "start"):
+            return iter(batches.start(self.step, self.accelerator, accumulation))
+        return islice(iter(batches), self.step * accumulation, None)
+
+    def to_device(self, batch: Batch) -> Batch:
+        device = self.accelerator.device
+        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        return moved | {"cond": {k: v.to(device) for k, v in batch.get("cond", {}).items()}}
+
+    def fail(self, name: str, loss: torch.Tensor) -> None:
+        last = latest_checkpoint(self.output_dir)
+        raise FloatingPointError(
+            f"{type(self.distiller).__name__}: the loss of network {name!r} is {loss.item()} at step {self.step}. "
+            f"Last good checkpoint: {last or 'none'}. Lower `learning_rate` or use `mixed_precision` 'no'."
+        )
+
+    # stopping and going on
+
+    @contextmanager
+    def signals(self):
+        """Note SIGTERM and Ctrl-C; the loop leaves after the update at hand. A second Ctrl-C interrupts at once."""
+
+        def note(number, frame):
+            if self._stop_signal is not None:
+                raise KeyboardInterrupt
+            self._stop_signal = number
+
+        previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def stopping(self) -> int:
+        """The signal that any rank has received, or 0."""
+        if self.accelerator.num_processes == 1:
+            return self._stop_signal or 0
+        flag = torch.tensor([float(self._stop_signal or 0)], device=self.accelerator.device)
+        return int(self.accelerator.gather(flag).max().item())
+
+    def leave(self, number: int) -> None:
+        if self.accelerator.is_main_process:
+            print(
+                f"\nStopped by {signal.Signals(number).name} after step {self.step}; the checkpoint is written. "
+                "Go on with the same command and --resume_from_checkpoint latest.",
+                flush=True,
+            )
+        self.accelerator.end_training()
+        raise SystemExit(128 + number)
+
+    def save_checkpoint(self) -> None:
+        """Write `checkpoints/step-N`, complete or absent, and the student as it stands."""
+        final = checkpoint_path(self.output_dir, self.step)
+        beside = final.with_name(f".{final.name}.writing")
+        if self.accelerator.is_main_process:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(beside))
+        if self.accelerator.is_main_process:
+            state = {"step": self.step, "images_seen": self.images_seen, "train_seconds": self.train_seconds}
+            write_json(beside / "trainer_state.json", state)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(beside, final)
+            if self.args.checkpoints_total_limit:
+                for old in checkpoints(self.output_dir)[: -self.args.checkpoints_total_limit]:
+                    shutil.rmtree(old)
+            if self.save_student is not None:
+                with self.averaged(), torch.no_grad():
+                    self.save_student(self.output_dir)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> None:
+        """Load the checkpoint that `resume_from_checkpoint` names; "latest" without one starts afresh."""
+        wanted = self.args.resume_from_checkpoint
+        path = latest_checkpoint(self.output_dir) if wanted == "latest" else Path(wanted)
+        if path is None:
+            logger.info("No checkpoint in %s: starting from the beginning.", self.output_dir)
+            return
+        if not (path / "trainer_state.json").is_file():
+            raise ValueError(f"`resume_from_checkpoint` must be 'latest' or a complete checkpoint, but is {wanted!r}.")
+        self.accelerator.load_state(str(path))
+        state = json.loads((path / "trainer_state.json").read_text())
+        self.step, self.images_seen = state["step"], state["images_seen"]
+        self.train_seconds = state["train_seconds"]
+
+    # what a person looks at
+
+    @contextmanager
+    def averaged(self):
+        """The student with its EMA weights, in eval mode."""
+        network = self.distiller.student.network
+        was_training = network.training
+        network.eval()
+        try:
+            if self.ema is None:
+                yield
+            else:
+                with self.ema.applied(self.parameters["student"]):
+                    yield
+        finally:
+            network.train(was_training)
+
+    def write_samples(self) -> None:
+        if self.validate is not None and self.accelerator.is_main_process:
+            with self.averaged(), torch.no_grad():
+                self.validate(self.output_dir)
+        self.accelerator.wait_for_everyone()
+
+    def log(self, losses: dict[str, float]) -> None:
+        values = {f"loss/{name}": value for name, value in losses.items()}
+        values |= {name: float(value) for name, value in self.distiller.diagnostics.items()}
+        self.accelerator.log(values, step=self.step)
+        if self.accelerator.is_main_process:
+            line = {"step": self.step, "images": self.images_seen, "seconds": round(self.train_seconds, 1)} | values
+            with open(self.output_dir / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def average_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parameter]) -> None:
+    """Replace every gradient by its mean over all ranks, in one transfer."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def checkpoint_path(output_dir: Path, step: int) -> Path:
+    return output_dir / "checkpoints" / f"step-{step:06d}"
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted((Path(output_dir) / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
+
+
+def latest_checkpoint(output_dir: Path) -> Path | None:
+    return next(reversed(checkpoints(output_dir)), None)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write beside, then rename."""
+    beside = path.with_name(f".{path.name}.writing")
+    beside.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(beside, path)
+
+
+def truncate_log(path: Path, step: int) -> None:
+    """Drop what an interrupted run logged after `step`."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
+        beside = path.with_name(f".{path.name}.writing")
+        beside.write_text("".join(line + "\n" for line in lines))
+        os.replace(beside, path)
+
+
+def _scalars(config: dict) -> dict:
+    return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in config.items()}

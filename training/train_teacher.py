@@ -1,0 +1,72 @@
+"""Train a small class-conditional pixel teacher, such as the shipped `fashion32`.
+
+    accelerate launch training/train_teacher.py --recipe fashion32 --dataset fashion32.npz --output_dir fashion32
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import ConsistencyModelPipeline, DDPMScheduler
+
+from diffusers_onestep import Denoiser, NoiseSchedule, train
+from diffusers_onestep.arguments import TrainArguments, parse_args
+from diffusers_onestep.data import Batches, load_images
+from diffusers_onestep.methods.pretrain import Pretraining
+from diffusers_onestep.models import SpaceToDepthUNet2DModel
+from diffusers_onestep.repository import write_repository
+from diffusers_onestep.sampling import picture, sample, save_grid
+
+RECIPES = {"fashion32": {"block_out_channels": (32, 64, 64), "attention_levels": (False, False, True)}}
+
+
+@dataclass
+class TeacherArguments(TrainArguments):
+    dataset: str = field(kw_only=True, metadata={"help": "An .npz file or a Hub data set of labelled images."})
+    recipe: str = field(default="fashion32", metadata={"help": f"One of {sorted(RECIPES)}."})
+    train_batch_size: int = 128
+    max_train_steps: int = 14000
+    learning_rate: float = 1.5e-3
+    lr_scheduler: str = "cosine"
+    lr_warmup_steps: int = 500
+    ema_halflife_kimg: float = 50.0
+    label_dropout: float = field(default=0.1, metadata={"help": "How often the null label replaces the true one."})
+
+
+def main(args: TeacherArguments) -> None:
+    if args.recipe not in RECIPES:
+        raise ValueError(f"`recipe` must be one of {sorted(RECIPES)}, but is {args.recipe!r}.")
+    images = load_images(args.dataset)
+    if images.labels is None:
+        raise ValueError(f"`dataset` must have labels, but {args.dataset!r} has none.")
+    torch.manual_seed(args.seed)
+    _, channels, size, _ = images.images.shape
+    classes = len(images.names)
+    network = SpaceToDepthUNet2DModel(
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
+        num_class_embeds=classes + 1,
+        **RECIPES[args.recipe],
+    )
+    # one trailing step starts at the last timestep: several defaults would start at t = 0
+    scheduler = DDPMScheduler(timestep_spacing="trailing")
+    student = Denoiser(network, NoiseSchedule.from_scheduler(scheduler), "epsilon")
+    distiller = Pretraining(student, null_label=classes, label_dropout=args.label_dropout)
+
+    def save(folder: Path) -> None:
+        pipeline = ConsistencyModelPipeline(network, scheduler)
+        write_repository(pipeline, folder, {"id2label": {str(i): name for i, name in enumerate(images.names)}})
+
+    def validate(folder: Path) -> None:
+        generator = torch.Generator().manual_seed(args.seed)
+        noise = torch.randn(4 * classes, *student_shape, generator=generator)
+        cond = {"class_labels": torch.arange(classes).repeat(4)}
+        save_grid(picture(sample(student, scheduler, noise, cond, num_inference_steps=50)), folder / "samples.png", classes)
+
+    student_shape = distiller.sample_shape
+    train(distiller, Batches(images, args.train_batch_size, args.seed), args, save=save, validate=validate)
+
+
+if __name__ == "__main__":
+    main(parse_args(TeacherArguments))
