@@ -1,3 +1,56 @@
-from .denoiser import Denoiser, GuidedDenoiser
-from .schedules import NoiseSchedule
-from .trainer import train
+"""One-step students of pretrained diffusion models, for Hugging Face diffusers."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
+
+_PUBLIC = {
+    "denoiser": ["Denoiser", "GuidedDenoiser"],
+    "schedules": ["NoiseSchedule", "VPSchedule", "FlowSchedule", "EDMSchedule"],
+    "teacher": ["Teacher"],
+    "methods.dmd": ["DMD"],
+    "methods.sid": ["SiD"],
+    "trainer": ["train"],
+    "schedulers": ["OneStepScheduler"],
+    "pipelines": ["OneStepPipeline"],
+    "models": ["SpaceToDepthUNet2DModel"],
+    "repository": ["shipped_model"],
+    "evaluation": ["evaluate", "Metrics"],
+}
+_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
+# diffusers' loader looks for these two on the library that a repository names
+_LOADER_BASES = {"ModelMixin": "diffusers.models.modeling_utils", "SchedulerMixin": "diffusers.schedulers.scheduling_utils"}
+
+__all__ = sorted(_MODULE_OF)
+
+# repositories then name our classes as ["diffusers_onestep", "OneStepScheduler"], and load from the Hub too
+_METHODS = {base: ["save_pretrained", "from_pretrained"] for base in _LOADER_BASES}
+LOADABLE_CLASSES["diffusers_onestep"] = _METHODS
+ALL_IMPORTABLE_CLASSES.update(_METHODS)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    if name in _LOADER_BASES:
+        return getattr(importlib.import_module(_LOADER_BASES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+if TYPE_CHECKING:
+    from .denoiser import Denoiser, GuidedDenoiser
+    from .evaluation import Metrics, evaluate
+    from .methods.dmd import DMD
+    from .methods.sid import SiD
+    from .models import SpaceToDepthUNet2DModel
+    from .pipelines import OneStepPipeline
+    from .repository import shipped_model
+    from .schedulers import OneStepScheduler
+    from .schedules import EDMSchedule, FlowSchedule, NoiseSchedule, VPSchedule
+    from .teacher import Teacher
+    from .trainer import train

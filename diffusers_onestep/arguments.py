@@ -15,10 +15,14 @@ class TrainArguments:
     seed: int = field(default=0, metadata={"help": "Seed of every random draw."})
     train_batch_size: int = field(default=64, metadata={"help": "Samples per device and micro-batch."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches per optimiser step."})
+    global_batch_size: int | None = field(
+        default=None, metadata={"help": "Samples per optimiser step over all ranks; sets gradient_accumulation_steps."}
+    )
     max_train_steps: int = field(default=1000, metadata={"help": "Student updates."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Of the student."})
     fake_score_learning_rate: float | None = field(default=None, metadata={"help": "Default: `learning_rate`."})
     adam_beta1: float = field(default=0.9, metadata={"help": "Adam's first beta."})
+    student_adam_beta1: float | None = field(default=None, metadata={"help": "Default: `adam_beta1`."})
     adam_beta2: float = field(default=0.999, metadata={"help": "Adam's second beta."})
     adam_epsilon: float = field(default=1e-8, metadata={"help": "Adam's epsilon."})
     adam_weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay."})

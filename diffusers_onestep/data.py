@@ -116,3 +116,59 @@ def load_images(dataset: str, split: str = "train") -> LabelledImages:
 def _channels_first(images: np.ndarray) -> torch.Tensor:
     images = torch.from_numpy(images)
     return images[:, None].contiguous() if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
+
+
+class Pairs:
+    """Teacher pairs from a `datasets` data set: `"noise"`, `"target"` and conditions."""
+
+    def __init__(self, rows: Any):
+        self.rows = rows.with_format("torch")
+
+    def __len__(self):
+        return len(self.rows)
+
+    def batch(self, places):
+        rows = self.rows[places]
+        cond = {k: v for k, v in rows.items() if k not in ("noise", "target")}
+        return {"noise": rows["noise"], "target": rows["target"], "cond": cond}
+
+
+def write_pairs(rows: Iterator[dict[str, torch.Tensor]], folder: Path, sample_shape: tuple[int, int, int]) -> None:
+    """Store teacher pairs as a `datasets` data set on disk, written beside and then renamed.
+
+    Args:
+        rows (iterator of `dict`): `"noise"` and `"target"` of `sample_shape`, and scalar conditions.
+        folder (`Path`): must not exist yet.
+        sample_shape (`tuple`): `(C, H, W)`.
+    """
+    import shutil
+
+    from datasets import Array3D, Dataset, Features, Value
+
+    if folder.exists():
+        raise ValueError(f"`output_dir` must not exist yet, but {str(folder)!r} does.")
+    first = next(rows)
+    tensors = {k: Array3D(sample_shape, "float32") for k in ("noise", "target")}
+    features = Features(tensors | {k: Value("int64") for k in first if k not in tensors})
+    columns: dict[str, list] = {k: [v.numpy()] for k, v in first.items()}
+    for row in rows:
+        for key, value in row.items():
+            columns[key].append(value.numpy())
+    beside = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(beside, ignore_errors=True)
+    Dataset.from_dict({k: v if k in tensors else [int(n) for n in v] for k, v in columns.items()}, features).save_to_disk(beside)
+    beside.rename(folder)
+
+
+def load_pairs(path: str) -> Pairs:
+    """Teacher pairs that `write_pairs` stored in a folder, or that lie on the Hub.
+
+    Raises:
+        ValueError: if there are no columns `noise` and `target`.
+    """
+    from datasets import load_dataset, load_from_disk
+
+    rows = load_from_disk(path) if Path(path).is_dir() else load_dataset(path, split="train")
+    if missing := {"noise", "target"} - set(rows.column_names):
+        raise ValueError(f"`pairs` must have the columns 'noise' and 'target', but {path!r} lacks {sorted(missing)}.")
+    return Pairs(rows)

@@ -26,6 +26,7 @@ class SpaceToDepthUNet2DModel(ModelMixin, ConfigMixin):
         norm_num_groups (`int`, *optional*, defaults to `8`): Groups of the group normalisation.
         dropout (`float`, *optional*, defaults to `0.0`): Dropout of the residual blocks.
         num_class_embeds (`int`, *optional*): Number of labels, a null label included.
+        id2label (`dict[int, str]`, *optional*): Names of the labels, the null label left out.
     """
 
     _supports_gradient_checkpointing = True
@@ -44,6 +45,7 @@ class SpaceToDepthUNet2DModel(ModelMixin, ConfigMixin):
         norm_num_groups: int = 8,
         dropout: float = 0.0,
         num_class_embeds: int | None = None,
+        id2label: dict[int, str] | None = None,
     ):
         super().__init__()
         if sample_size % factor:

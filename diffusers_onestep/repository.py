@@ -1,10 +1,8 @@
 """Model folders: written so that they load at every moment, and the ones that ship with the package."""
 
-import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 from diffusers import DiffusionPipeline
 
@@ -31,22 +29,19 @@ def resolve_model(path_or_id: str | os.PathLike) -> str:
     return str(path_or_id)
 
 
-def write_repository(pipeline: DiffusionPipeline, folder: Path, extra_config: dict[str, Any] | None = None) -> None:
+def write_repository(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Save a pipeline file by file, `model_index.json` last: a reader finds the old state, the new one, or, the first
     time, none.
 
     Args:
         pipeline (`DiffusionPipeline`): what to save, as safetensors.
         folder (`Path`): an existing or new folder; other files in it are left alone.
-        extra_config (`dict`, *optional*): further entries of `model_index.json`, such as `id2label`.
     """
     folder = Path(folder)
     beside = folder / ".student.writing"
     shutil.rmtree(beside, ignore_errors=True)
     pipeline.save_pretrained(beside, safe_serialization=True)
-    index = beside / "model_index.json"
-    index.write_text(json.dumps(json.loads(index.read_text()) | (extra_config or {}), indent=2) + "\n")
-    files = sorted((f for f in beside.rglob("*") if f.is_file()), key=lambda f: f == index)
+    files = sorted((f for f in beside.rglob("*") if f.is_file()), key=lambda f: f.name == "model_index.json")
     for file in files:
         target = folder / file.relative_to(beside)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -103,6 +103,14 @@ class Trainer:
         )
         if trackers and {str(getattr(t, "value", t)) for t in self.accelerator.log_with} != set(trackers):
             raise ValueError(f"`report_to` must name installed trackers, but is {args.report_to!r}: install it first.")
+        if args.global_batch_size:
+            micro_batch = args.train_batch_size * self.accelerator.num_processes
+            if args.global_batch_size % micro_batch:
+                raise ValueError(
+                    f"`global_batch_size` must be a multiple of `train_batch_size` times the number of processes "
+                    f"({micro_batch}), but is {args.global_batch_size}."
+                )
+            args.gradient_accumulation_steps = args.global_batch_size // micro_batch
         set_seed(args.seed)
         self.step, self.images_seen, self.train_seconds = 0, 0, 0.0
         self._stop_signal = None
@@ -125,10 +133,13 @@ class Trainer:
             rate = args.learning_rate
             if name == "fake_score" and args.fake_score_learning_rate is not None:
                 rate = args.fake_score_learning_rate
+            beta1 = args.adam_beta1
+            if name == "student" and args.student_adam_beta1 is not None:
+                beta1 = args.student_adam_beta1
             optimizer = torch.optim.AdamW(
                 self.parameters[name],
                 lr=rate,
-                betas=(args.adam_beta1, args.adam_beta2),
+                betas=(beta1, args.adam_beta2),
                 eps=args.adam_epsilon,
                 weight_decay=args.adam_weight_decay,
             )
@@ -184,7 +195,7 @@ class Trainer:
         """One student update and all that belongs to it; returns the mean loss of each network."""
         count = len(micro_batches)
         runs = [
-            self.distiller.updates(self.to_device(batch), self.generators(number, batch["batch_size"]))
+            self.distiller.updates(self.to_device(batch) | {"step": self.step}, self.generators(number, batch["batch_size"]))
             for number, batch in enumerate(micro_batches)
         ]
         losses: dict[str, list[torch.Tensor]] = {}

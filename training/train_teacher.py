@@ -47,6 +47,7 @@ def main(args: TeacherArguments) -> None:
         in_channels=channels,
         out_channels=channels,
         num_class_embeds=classes + 1,
+        id2label=dict(enumerate(images.names)),
         **RECIPES[args.recipe],
     )
     # one trailing step starts at the last timestep: several defaults would start at t = 0
@@ -55,8 +56,8 @@ def main(args: TeacherArguments) -> None:
     distiller = Pretraining(student, null_label=classes, label_dropout=args.label_dropout)
 
     def save(folder: Path) -> None:
-        pipeline = ConsistencyModelPipeline(network, scheduler)
-        write_repository(pipeline, folder, {"id2label": {str(i): name for i, name in enumerate(images.names)}})
+        # the stock pipeline that hands class labels to a U-Net, whatever the scheduler
+        write_repository(ConsistencyModelPipeline(network, scheduler), folder)
 
     def validate(folder: Path) -> None:
         generator = torch.Generator().manual_seed(args.seed)

@@ -1,0 +1,63 @@
+"""What the distillation scripts share: their flags, and the step from a trained network to a student's repository."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from .arguments import TrainArguments
+from .denoiser import Denoiser
+from .evaluation import comparison_grid
+from .methods.base import Batch
+from .methods.score import ScoreDistiller
+from .repository import write_repository
+from .teacher import Teacher
+from .trainer import train
+
+
+@dataclass
+class DistillationArguments(TrainArguments):
+    """Flags of score distillation."""
+
+    pretrained_teacher_model: str = field(kw_only=True, metadata={"help": "A Hub id, a folder or a shipped name."})
+    revision: str | None = field(default=None, metadata={"help": "Of the teacher's repository."})
+    variant: str | None = field(default=None, metadata={"help": "Of the teacher's weights, such as fp16."})
+    guidance_scale: float = field(default=1.0, metadata={"help": "Of the teacher; the student bakes it in."})
+    start_ratio: float | None = field(
+        default=None, metadata={"help": "sigma / alpha that the student starts from; default: the method's."}
+    )
+    student_timesteps: list[int] | None = field(
+        default=None, metadata={"help": "Timesteps themselves, noisiest first; several: a few-step student."}
+    )
+    student_init: str | None = field(default=None, metadata={"help": "Model that the student starts as."})
+    fake_score_updates: int = field(default=1, metadata={"help": "Fake-score updates per student update."})
+
+    def load_teacher(self) -> Teacher:
+        """The frozen teacher."""
+        return Teacher.from_pretrained(self.pretrained_teacher_model, revision=self.revision, variant=self.variant)
+
+    def load_student(self) -> Denoiser | None:
+        """The model that `--student_init` names."""
+        return Teacher.from_pretrained(self.student_init).denoiser if self.student_init else None
+
+
+def train_student(distiller: ScoreDistiller, batches: Iterable[Batch], args: DistillationArguments, teacher: Teacher):
+    """`train()`, saving the student as a diffusers repository and, beside it, a picture of teacher and student."""
+    network = distiller.student.network
+
+    def save(folder: Path) -> None:
+        write_repository(
+            teacher.student_pipeline(network, distiller.student_timesteps, distiller.init_noise_sigma), folder
+        )
+
+    def validate(folder: Path) -> None:
+        device = next(network.parameters()).device
+
+        def sample(noise, cond):
+            return distiller.sample(noise.to(device), {k: v.to(device) for k, v in cond.items()})
+
+        comparison_grid(teacher, sample, folder / "samples.png", seed=args.seed)
+
+    torch.manual_seed(args.seed)
+    train(distiller, batches, args, save=save, validate=validate)

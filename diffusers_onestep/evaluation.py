@@ -1,0 +1,110 @@
+"""How good and how fast a model's images are: one distance, one number of network evaluations, one speed."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from .features import FashionCNN, reference_moments
+from .metrics import frechet_distance_of_moments, moments
+from .pipelines import OneStepPipeline
+from .sampling import picture, save_grid
+from .teacher import Teacher
+
+Sampler = Callable[[torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]
+
+
+@dataclass
+class Metrics:
+    """One row of a table: a model at a number of network evaluations (NFE)."""
+
+    model: str
+    nfe: int
+    metric: str
+    value: float
+    num_samples: int
+    images_per_second: float
+    seed: int
+
+
+def noises_and_labels(sample_shape, num_labels: int | None, num_samples: int, seed: int):
+    """The same unit-variance noises for every model, and labels in turn: `(N, C, H, W)` and a `cond`."""
+    noise = torch.randn(num_samples, *sample_shape, generator=torch.Generator().manual_seed(seed))
+    return noise, {} if num_labels is None else {"class_labels": torch.arange(num_samples) % num_labels}
+
+
+def evaluate(
+    pipeline: OneStepPipeline | Teacher,
+    *,
+    name: str,
+    num_inference_steps: int | None = None,
+    num_samples: int = 10_000,
+    batch_size: int = 250,
+    seed: int = 0,
+    reference: str | Path | None = None,
+) -> Metrics:
+    """FD-fashion of a student or a teacher, and its images per second while sampling.
+
+    Args:
+        pipeline (`OneStepPipeline` or `Teacher`): what to sample; a teacher uses its own scheduler (DDIM for DDPM).
+        name (`str`): of the model in the table.
+        num_inference_steps (`int`, *optional*): network evaluations; a student has its own number.
+        num_samples (`int`, *optional*, defaults to 10000): a distance is comparable only at the same number.
+        batch_size (`int`, *optional*, defaults to 250): samples at a time.
+        seed (`int`, *optional*, defaults to 0): of the noises, which are the same for every model.
+        reference (path, *optional*): safetensors with `mean` and `covariance`; by default Fashion-MNIST's test images.
+    """
+    if isinstance(pipeline, Teacher):
+        shape, steps = pipeline.sample_shape, num_inference_steps
+        if steps is None:
+            raise ValueError("`num_inference_steps` must be given for a teacher.")
+        device = pipeline.pipeline.device
+        run: Sampler = lambda noise, cond: pipeline.sample(noise, cond, num_inference_steps=steps)  # noqa: E731
+    else:
+        shape, steps = pipeline._sample_shape, num_inference_steps or pipeline.student_steps
+        device = pipeline.device
+        pipeline.set_progress_bar_config(disable=True)
+
+        def run(noise, cond):
+            return pipeline(
+                latents=noise, num_inference_steps=num_inference_steps, output_type="latent", **cond
+            ).images
+
+    network, features, seconds = FashionCNN.from_shipped(), [], 0.0
+    noise, cond = noises_and_labels(shape, pipeline.num_labels, num_samples, seed)
+    run(noise[:2].to(device), {k: v[:2].to(device) for k, v in cond.items()})  # warm-up
+    for places in tqdm(torch.arange(num_samples).split(batch_size), desc=f"{name}, NFE {steps}", leave=False):
+        part = {k: v[places].to(device) for k, v in cond.items()}
+        started = time.perf_counter()
+        pixels = picture(run(noise[places].to(device), part))
+        seconds += time.perf_counter() - started
+        features.append(network(pixels)[0])
+    expected = reference_moments(reference) if reference else reference_moments()
+    value = frechet_distance_of_moments(*moments(torch.cat(features)), *expected)
+    return Metrics(name, steps, network.name, value, num_samples, num_samples / seconds, seed)
+
+
+def markdown_table(rows: list[Metrics]) -> str:
+    """Rows as a table for a terminal or a card."""
+    lines = [f"| model | NFE | {rows[0].metric} (n = {rows[0].num_samples:,}) | images/s |", "|---|---|---|---|"]
+    lines += [f"| {row.model} | {row.nfe} | {row.value:.2f} | {row.images_per_second:.0f} |" for row in rows]
+    return "\n".join(lines)
+
+
+def comparison_grid(
+    teacher: Teacher, student: Sampler, path: Path, *, columns: int = 10, seed: int = 0, num_inference_steps: int = 50
+) -> None:
+    """A picture of teacher (upper row of each pair) and student (lower) on the same noises and labels."""
+    noise, cond = noises_and_labels(teacher.sample_shape, teacher.num_labels, 2 * columns, seed)
+    above = picture(teacher.sample(noise, cond, num_inference_steps=num_inference_steps))
+    below = picture(student(noise, cond))
+    rows = [part for pair in zip(above.split(columns), below.split(columns), strict=True) for part in pair]
+    save_grid(torch.cat(rows), path, columns)
+
+
+def as_records(rows: list[Metrics]) -> list[dict]:
+    """Rows for `metrics.json`."""
+    return [asdict(row) for row in rows]

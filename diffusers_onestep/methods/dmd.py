@@ -1,0 +1,244 @@
+"""DMD (Yin et al., CVPR 2024, arXiv:2311.18828) and DMD2 (Yin et al., NeurIPS 2024, arXiv:2405.14867)."""
+
+from collections.abc import Callable
+from typing import Any
+from urllib.error import URLError
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..denoiser import Denoiser
+from .base import Paper, normal
+from .score import ScoreDistiller
+
+
+def distribution_matching_loss(x0: torch.Tensor, teacher_x0: torch.Tensor, fake_x0: torch.Tensor) -> torch.Tensor:
+    """`0.5 * mean((x0 - stopgrad(x0 - g))**2)` with `g = (fake_x0 - teacher_x0) / mean|x0 - teacher_x0|` per sample.
+
+    Its gradient in `x0` is `g / x0.numel()` exactly; none flows into the other two. The value, half the mean of `g**2`, says
+    nothing about convergence. The normaliser has a floor of 1e-5.
+
+    Args:
+        x0, teacher_x0, fake_x0 (`torch.Tensor`): `(B, ...)`: student's sample and its two denoisings at one `(x_t, t)`.
+
+    Source: Yin et al. 2024 (DMD), Eqs. 7 and 8 and Algorithm 2, whose weight lacks Eq. 8's `1 / alpha`.
+    """
+    dtype = torch.promote_types(x0.dtype, torch.float32)
+    with torch.no_grad():
+        sample, teacher_x0, fake_x0 = x0.to(dtype), teacher_x0.to(dtype), fake_x0.to(dtype)
+        w = (sample - teacher_x0).flatten(1).abs().mean(1).clamp(min=1e-5)
+        g = (fake_x0 - teacher_x0) / w.reshape(-1, *[1] * (x0.ndim - 1))
+        target = sample - g
+    return 0.5 * F.mse_loss(x0.to(dtype), target)
+
+
+def gan_losses(real_logits: torch.Tensor | None, fake_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Critic and student loss of the non-saturating GAN: `mean softplus(fake) + mean softplus(-real)` and
+    `mean softplus(-fake)`. Without `real_logits` the first lacks its second term.
+
+    Source: Yin et al. 2024 (DMD2), Sec. 4.3; at matched distributions they are 2 ln 2 and ln 2.
+    """
+    critic = F.softplus(fake_logits).mean()
+    if real_logits is not None:
+        critic = critic + F.softplus(-real_logits).mean()
+    return critic, F.softplus(-fake_logits).mean()
+
+
+class GANHead(nn.Module):
+    """Bottleneck features `(B, C, h, w)` to one logit `(B, 1)`: stride-2 convolutions down to 4 x 4, then one of kernel 4
+    (Yin et al. 2024 (DMD2), App. F.1). Features are cast to float32 first."""
+
+    def __init__(self, channels: int, size: int):
+        super().__init__()
+        if size < 4 or size & (size - 1):
+            raise ValueError(f"`size` of the bottleneck must be a power of two from 4 on, but is {size}.")
+        layers: list[nn.Module] = []
+        while size > 4:
+            layers += [nn.Conv2d(channels, channels, 4, 2, 1), nn.GroupNorm(min(32, channels), channels), nn.SiLU()]
+            size //= 2
+        layers += [nn.Conv2d(channels, channels, 4), nn.GroupNorm(min(32, channels), channels), nn.SiLU()]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 1))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.layers(features.float()).flatten(1)
+
+
+class Bottleneck:
+    """The output of a U-Net's middle block, as its last call left it."""
+
+    def __init__(self, network: nn.Module):
+        named = dict(network.named_modules())
+        middle = next((m for name, m in named.items() if name.rpartition(".")[2] == "mid_block" and m is not None), None)
+        if middle is None:
+            raise ValueError(f"`gan_weight` needs a U-Net with a `mid_block`, but the teacher is {type(network).__name__}.")
+        self.features: torch.Tensor | None = None
+        middle.register_forward_hook(self._keep)
+
+    def _keep(self, module, inputs, output):
+        self.features = output
+
+    def take(self) -> torch.Tensor:
+        """The features, which are then let go."""
+        features, self.features = self.features, None
+        return features
+
+
+def regression_distance(name: str, device: torch.device | None = None) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A distance between batches of images in [-1, 1], one number for the batch.
+
+    Args:
+        name (`str`): `"lpips"` (VGG, inputs resized to 224 pixels), `"l2"` (mean square; Yin et al. 2024, App. I) or
+            `"pseudo-huber"` (`sqrt(square + c**2) - c`, `c = 0.00054 * sqrt(CHW)`; Song & Dhariwal 2023, Eq. 7, per pixel).
+
+    Raises:
+        RuntimeError: if LPIPS's VGG weights are neither cached nor to be downloaded.
+    """
+    if name == "l2":
+        return F.mse_loss
+    if name == "pseudo-huber":
+        return _pseudo_huber
+    if name != "lpips":
+        raise ValueError(f"`regression_loss` must be 'lpips', 'l2' or 'pseudo-huber', but is {name!r}.")
+    import lpips
+
+    try:
+        network = lpips.LPIPS(net="vgg", verbose=False).to(device).requires_grad_(False).eval()
+    except (URLError, OSError) as error:
+        raise RuntimeError(
+            "`regression_loss` 'lpips' needs torchvision's VGG-16 weights, which are not in its cache and could not be "
+            f"downloaded ({error}). Without a network use --regression_loss l2 or pseudo-huber."
+        ) from error
+
+    def distance(a, b):
+        a, b = (F.interpolate(v.expand(-1, 3, -1, -1), size=(224, 224), mode="bilinear") for v in (a, b))
+        return network(a, b).mean()
+
+    return distance
+
+
+def _pseudo_huber(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    c = 0.00054 * a[0].numel() ** 0.5
+    square = ((a - b) ** 2).flatten(1).sum(1)
+    return ((square + c**2).sqrt() - c).mean() / a[0].numel() ** 0.5
+
+
+class DMD(ScoreDistiller):
+    """Distribution matching, with DMD's regression on teacher pairs or DMD2's GAN branch and two time scales as options.
+
+    Defaults are DMD without pairs, one fake-score update per student update; `fake_score_updates=5` and a `gan_weight` make
+    it DMD2. All networks run without dropout, and both gradients are clipped at norm 10.
+
+    Args:
+        teacher (`Teacher`, `Denoiser` or `GuidedDenoiser`): what to distil; the fake score is never guided.
+        start_ratio (`float`, *optional*): `sigma / alpha` that the student starts from; by default the noisiest timestep.
+        regression_weight (`float`, *optional*, defaults to 0.0): of the regression on pairs (`"noise"`, `"target"`); 0.25
+            in the paper's conditional runs.
+        regression_loss (`str` or callable, *optional*, defaults to `"lpips"`): see `regression_distance`.
+        gan_weight (`float`, *optional*, defaults to 0.0): of the student's GAN loss (batches need real images `"x0"`).
+        gan_critic_weight (`float`, *optional*, defaults to 0.01): of the critic's.
+        student, student_timesteps, fake_score_updates, sample_shape: see `ScoreDistiller`.
+    """
+
+    paper = Paper(
+        title="One-step Diffusion with Distribution Matching Distillation",
+        arxiv_id="2311.18828",
+        citation="Yin, Gharbi, Zhang, Shechtman, Durand, Freeman, Park, CVPR 2024",
+    )
+    through_scores, signal_free, student_first, dropout = False, False, True, False
+    max_grad_norm = 10.0
+
+    def __init__(
+        self,
+        teacher: Any,
+        *,
+        start_ratio: float | None = None,
+        regression_weight: float = 0.0,
+        regression_loss: str | Callable = "lpips",
+        gan_weight: float = 0.0,
+        gan_critic_weight: float = 0.01,
+        fake_score_updates: int = 1,
+        student: Denoiser | None = None,
+        student_timesteps: list[float] | None = None,
+        sample_shape: tuple[int, int, int] | None = None,
+    ):
+        super().__init__(
+            teacher,
+            start_ratio=start_ratio,
+            student_timesteps=student_timesteps,
+            student=student,
+            fake_score_updates=fake_score_updates,
+            sample_shape=sample_shape,
+        )
+        self.regression_weight, self.gan_weight = regression_weight, gan_weight
+        self.gan_critic_weight = gan_critic_weight
+        self._distance = None
+        if regression_weight:
+            named = isinstance(regression_loss, str)
+            self._distance = regression_distance(regression_loss) if named else regression_loss
+        self.head = None
+        if gan_weight:
+            self._bottleneck = Bottleneck(self.fake_score.network)
+            self.head = GANHead(*self._bottleneck_shape())
+
+    @property
+    def trainable(self):
+        if self.head is None:
+            return super().trainable
+        return super().trainable | {"fake_score": nn.ModuleList([self.fake_score.network, self.head])}
+
+    def student_loss(self, x0, batch, generator=None):
+        loss = distribution_matching_loss(x0, *self.scores(x0, batch, generator))
+        if self.regression_weight:
+            loss = loss + self.regression_weight * self.regression_loss(batch)
+        if self.head is not None:
+            fake_logits = self.logits(x0, batch, generator)
+            loss = loss + self.gan_weight * gan_losses(None, fake_logits)[1]
+        return loss
+
+    def regression_loss(self, batch) -> torch.Tensor:
+        """Distance between the student's image of a pair's noise and the teacher's."""
+        for key in ("noise", "target"):
+            if key not in batch:
+                raise ValueError(f"`regression_weight` needs batches with 'noise' and 'target', but these have {sorted(batch)}.")
+        x_t = self.init_noise_sigma * batch["noise"]
+        x0 = self.student(x_t, self._full(self.student_timesteps[0], x_t), batch.get("cond"))
+        return self._distance(x0, batch["target"])
+
+    def fake_score_loss(self, x0, batch, generator=None):
+        loss = super().fake_score_loss(x0, batch, generator)
+        if self.head is not None:
+            if "x0" not in batch:
+                raise ValueError(f"`gan_weight` needs batches with real images 'x0', but these have {sorted(batch)}.")
+            logits = self.logits(batch["x0"], batch, generator), self.logits(x0, batch, generator)
+            loss = loss + self.gan_critic_weight * gan_losses(*logits)[0]
+        return loss
+
+    def logits(self, x0, batch, generator=None) -> torch.Tensor:
+        """The head's verdict `(B, 1)` on `x0`, noised afresh at any timestep (diffusion GAN)."""
+        t = self.fake_score_level(x0.shape[0], generator, x0.device)
+        x_t = self.fake_score.add_noise(x0, normal(x0.shape, generator, x0.device), t)
+        self.fake_score(x_t, t, batch.get("cond"))
+        return self.head(self._bottleneck.take())
+
+    def student_level(self, batch_size, generator, device):
+        n = self.teacher.schedule.num_train_timesteps
+        return self.uniform_index(round(0.02 * n), round(0.98 * n), batch_size, generator, device)
+
+    def fake_score_level(self, batch_size, generator, device):
+        return self.uniform_index(0, self.teacher.schedule.num_train_timesteps - 1, batch_size, generator, device)
+
+    @staticmethod
+    def reduce(error):
+        return error.mean()
+
+    def _bottleneck_shape(self) -> tuple[int, int]:
+        network = self.fake_score.network
+        device = next(network.parameters()).device
+        x_t = torch.zeros(1, *self.sample_shape, device=device)
+        labelled = getattr(network.config, "num_class_embeds", None) is not None
+        cond = {"class_labels": torch.zeros(1, dtype=torch.long, device=device)} if labelled else {}
+        with torch.no_grad():
+            self.fake_score(x_t, self._full(self.student_timesteps[0], x_t), cond)
+        features = self._bottleneck.take()
+        return features.shape[1], features.shape[2]

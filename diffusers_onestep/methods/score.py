@@ -1,0 +1,184 @@
+"""The base of score distillation: a student, a frozen teacher, and a fake score that tracks the student's own samples.
+
+DMD, SiD and their relatives differ in a loss, in the draw of noise levels, in the order and ratio of the updates, and in
+whether gradients flow through the two scores (`methods/dmd.py`, `methods/sid.py`).
+"""
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..denoiser import Denoiser, GuidedDenoiser
+from ..schedules import EDMSchedule
+from .base import Batch, Distiller, Generators, copy_denoiser, normal, sample_shape_of, uniform
+
+
+class ScoreDistiller(Distiller):
+    """A student trained on the difference between the teacher's score and that of its own samples.
+
+    Args:
+        teacher (`Teacher`, `Denoiser` or `GuidedDenoiser`): stays frozen; guidance enters here and nowhere else.
+        start_ratio (`float`, *optional*): `sigma / alpha` of the level that the student starts from, mapped through the
+            teacher's schedule; the noisiest timestep if None.
+        student_timesteps (`list` of timesteps, *optional*): overrides `start_ratio`; several make a few-step student.
+        student (`Denoiser`, *optional*): where the student starts from, if not at the teacher.
+        fake_score_updates (`int`, *optional*): fake-score updates per student update.
+        sample_shape (`tuple`, *optional*): `(C, H, W)` of model space, for networks without a diffusers config.
+    """
+
+    through_scores: bool  # do gradients of the student's loss flow through teacher and fake score?
+    signal_free: bool  # does the student start at sigma * noise, rather than at unit variance?
+    student_first: bool  # does the student move before the fake score, which then reuses its samples?
+    dropout: bool  # are networks that learn in train mode?
+
+    def __init__(
+        self,
+        teacher: Any,
+        *,
+        start_ratio: float | None,
+        student_timesteps: list[float] | None,
+        student: Denoiser | None,
+        fake_score_updates: int,
+        sample_shape: tuple[int, int, int] | None,
+    ):
+        if fake_score_updates < 1:
+            raise ValueError(f"`fake_score_updates` must be at least 1, but is {fake_score_updates}.")
+        self.sample_shape = tuple(sample_shape) if sample_shape else sample_shape_of(teacher)
+        bare = isinstance(teacher, (Denoiser, GuidedDenoiser))
+        self.teacher: Denoiser | GuidedDenoiser = teacher if bare else teacher.denoiser
+        self.teacher.requires_grad_(False).eval()
+        self.student = copy_denoiser(student or self.teacher)
+        self.fake_score = copy_denoiser(self.teacher)
+        self.fake_score_updates = fake_score_updates
+        schedule = self.teacher.schedule
+        if student_timesteps is None:
+            t_start = schedule.t_max if start_ratio is None else schedule.timestep(start_ratio).item()
+            student_timesteps = [t_start]
+        self.student_timesteps = list(student_timesteps)
+        if any(a <= b for a, b in zip(self.student_timesteps, self.student_timesteps[1:], strict=False)):
+            raise ValueError(f"`student_timesteps` must fall (noisiest first), but are {self.student_timesteps}.")
+        _, sigma = schedule.alpha_sigma(torch.tensor(self.student_timesteps[:1], dtype=torch.float64))
+        unit = not self.signal_free and not isinstance(schedule, EDMSchedule)
+        self.init_noise_sigma = 1.0 if unit else sigma.item()
+        self._diagnostics: dict[str, torch.Tensor] = {}
+
+    @property
+    def trainable(self) -> dict[str, nn.Module]:
+        return {"student": self.student.network, "fake_score": self.fake_score.network}
+
+    @property
+    def diagnostics(self):
+        return self._diagnostics
+
+    # the algorithm box
+
+    def updates(self, batch, generator=None):
+        reusable = None
+        if self.student_first:
+            with self.learning("student"):
+                reusable = self.generate(batch, generator)
+                loss = self.student_loss(reusable, batch, generator)
+            reusable = reusable.detach()
+            yield "student", loss
+            del loss
+        for _ in range(self.fake_score_updates):
+            with self.learning("fake_score"):
+                if reusable is None:
+                    with torch.no_grad():
+                        reusable = self.generate(batch, generator)
+                loss = self.fake_score_loss(reusable, batch, generator)
+            yield "fake_score", loss
+            del loss
+            reusable = None
+        if not self.student_first:
+            with self.learning("student"):
+                loss = self.student_loss(self.generate(batch, generator), batch, generator)
+            yield "student", loss
+
+    def learning(self, name: str):
+        """Gradients for network `name` alone, and dropout, if the paper has it, in no other."""
+        for other, network in self.trainable.items():
+            network.train(self.dropout and other == name)
+        return self.training_only(name)
+
+    def generate(self, batch: Batch, generator: Generators = None) -> torch.Tensor:
+        """Samples of the student, `(B, C, H, W)`.
+
+        A few-step student runs to a step that is drawn once for the whole global batch and keeps the graph of that step
+        alone: DMD2's backward simulation (Yin et al. 2024, Sec. 4.5).
+        """
+        device = next(self.student.network.parameters()).device
+        shape = (batch["batch_size"], *self.sample_shape)
+        cond, steps = batch.get("cond"), self.student_timesteps
+        last = 0
+        if len(steps) > 1:
+            drawn_for = batch.get("step", 0)
+            last = int(torch.randint(len(steps), (), generator=torch.Generator().manual_seed(drawn_for)))
+        x_t = self.init_noise_sigma * normal(shape, generator, device)
+        with torch.no_grad():
+            for t, t_next in zip(steps[:last], steps[1 : last + 1], strict=True):
+                x0 = self.student(x_t, self._full(t, x_t), cond)
+                x_t = self.student.add_noise(x0, normal(shape, generator, device), self._full(t_next, x_t))
+        return self.student(x_t, self._full(steps[last], x_t), cond)
+
+    def sample(self, noise: torch.Tensor, cond=None) -> torch.Tensor:
+        """The student's image of unit-variance `noise` in one step, without gradients."""
+        with torch.no_grad():
+            x_t = self.init_noise_sigma * noise
+            return self.student(x_t, self._full(self.student_timesteps[0], x_t), cond)
+
+    def fake_score_loss(self, x0: torch.Tensor, batch: Batch, generator: Generators = None) -> torch.Tensor:
+        """Denoising score matching of the fake score on the student's samples `x0`, `mean` or `sum` as the paper has it."""
+        t = self.fake_score_level(x0.shape[0], generator, x0.device)
+        x_t = self.fake_score.add_noise(x0, normal(x0.shape, generator, x0.device), t)
+        return self.reduce(self.fake_score_weight(t) * (self.fake_score(x_t, t, batch.get("cond")) - x0) ** 2)
+
+    def scores(self, x0: torch.Tensor, batch: Batch, generator: Generators = None):
+        """`teacher_x0` and `fake_x0`, both at one noised version of `x0`, with a graph if the method needs one."""
+        t = self.student_level(x0.shape[0], generator, x0.device)
+        with torch.set_grad_enabled(self.through_scores and torch.is_grad_enabled()):
+            x_t = self.student.add_noise(x0, normal(x0.shape, generator, x0.device), t)
+            teacher_x0 = self.teacher(x_t, t, batch.get("cond"))
+            fake_x0 = self.fake_score(x_t, t, batch.get("cond"))
+        with torch.no_grad():
+            d = (teacher_x0 - fake_x0).flatten(1)
+            gap = (d**2).sum(1).mean()
+            lag = (d * (fake_x0 - x0).flatten(1)).sum(1).mean() / gap.clamp(min=1e-12)
+            self._diagnostics = {"score_gap": gap, "fake_score_lag": lag}
+        return teacher_x0, fake_x0
+
+    # what a method decides
+
+    @abstractmethod
+    def student_loss(self, x0: torch.Tensor, batch: Batch, generator: Generators = None) -> torch.Tensor:
+        """The student's loss for its samples `x0`."""
+
+    @abstractmethod
+    def student_level(self, batch_size: int, generator: Generators, device: torch.device) -> torch.Tensor:
+        """Timesteps `(B,)` at which the two scores are compared."""
+
+    @abstractmethod
+    def fake_score_level(self, batch_size: int, generator: Generators, device: torch.device) -> torch.Tensor:
+        """Timesteps `(B,)` at which the fake score learns."""
+
+    def fake_score_weight(self, t: torch.Tensor) -> torch.Tensor:
+        """Weight of the squared `x0` error: the network's own training loss."""
+        return self.fake_score.weight(t)
+
+    @staticmethod
+    @abstractmethod
+    def reduce(error: torch.Tensor) -> torch.Tensor:
+        """Elements `(B, C, H, W)` to a scalar."""
+
+    def uniform_index(
+        self, low: int, high: int, batch_size: int, generator: Generators, device: torch.device
+    ) -> torch.Tensor:
+        """Timesteps at uniform grid places `low..high`, both included."""
+        u = uniform(batch_size, generator, device)
+        return self.teacher.schedule.grid(low + (u * (high - low + 1)).long())
+
+    @staticmethod
+    def _full(t: float, x: torch.Tensor) -> torch.Tensor:
+        return torch.full((x.shape[0],), t, device=x.device)

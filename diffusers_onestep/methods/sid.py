@@ -1,0 +1,152 @@
+"""SiD: score identity distillation (Zhou et al., ICML 2024, arXiv:2404.04057), for any schedule and prediction type."""
+
+import math
+from typing import Any
+
+import torch
+
+from ..denoiser import Denoiser
+from ..schedules import EDMSchedule, FlowSchedule, VPSchedule, karras_sigma
+from .base import Paper, normal, uniform
+from .score import ScoreDistiller
+
+
+def sid_loss(
+    x0: torch.Tensor, teacher_x0: torch.Tensor, fake_x0: torch.Tensor, *, alpha: float = 1.0, normalize: bool = True
+) -> torch.Tensor:
+    """`w * d * ((teacher_x0 - x0) - alpha * d)` with `d = teacher_x0 - fake_x0`, summed over pixels, mean over the batch.
+
+    `w = 1 / mean|x0 - teacher_x0|` per sample, without gradient, if `normalize`. Gradients flow into all three arguments. A
+    sample with a non-finite value is dropped; the divisor stays the batch size.
+
+    Args:
+        x0, teacher_x0, fake_x0 (`torch.Tensor`): `(B, ...)`: student's sample and its two denoisings at one `(x_t, t)`.
+        alpha (`float`): the paper has 1.0 and 1.2; 0.5 gives half the exact gradient of the Fisher divergence.
+
+    Source: Zhou et al. 2024, Eqs. 22 and 23.
+    """
+    batch_size = x0.shape[0]
+    dtype = torch.promote_types(x0.dtype, torch.float32)
+    x0, teacher_x0, fake_x0 = (v.to(dtype).flatten(1) for v in (x0, teacher_x0, fake_x0))
+    finite = (x0.isfinite() & teacher_x0.isfinite() & fake_x0.isfinite()).all(1)
+    x0, teacher_x0, fake_x0 = x0[finite], teacher_x0[finite], fake_x0[finite]
+    d = teacher_x0 - fake_x0
+    loss = (d * ((teacher_x0 - x0) - alpha * d)).sum(1)
+    if normalize:
+        loss = loss / (x0 - teacher_x0).detach().abs().mean(1).clamp(min=1e-5)
+    return loss.sum() / batch_size
+
+
+class SiD(ScoreDistiller):
+    """One-step student without data: the score identity loss, whose gradient flows through teacher and fake score.
+
+    Args:
+        teacher (`Teacher`, `Denoiser` or `GuidedDenoiser`): what to distil.
+        alpha (`float`, *optional*, defaults to 1.2): of the loss.
+        start_ratio (`float`, *optional*, defaults to 2.5): `sigma / alpha` that the student starts from, at `sigma * noise`.
+        noise_levels (`str`, *optional*): `"karras"` (both draws of the EDM runs, as ratios `sigma / alpha`), `"uniform"` (the
+            Stable Diffusion runs: uniform timesteps between the ratios of its t = 20 and t = 979) or `"logit_normal"` (the
+            flow runs). Defaults to that of the paper for the teacher's schedule.
+        loss_scale (`float`, *optional*, defaults to 100.0): factor on the student's loss; matters for Adam's epsilon and fp16.
+        sequential (`bool`, *optional*, defaults to `False`): backpropagate through one score network at a time: peak
+            activations of one network, two more forwards.
+        student, student_timesteps, fake_score_updates, sample_shape: see `ScoreDistiller`.
+    """
+
+    paper = Paper(
+        title="Score identity Distillation: Exponentially Fast Distillation of Pretrained Diffusion Models for One-Step "
+        "Generation",
+        arxiv_id="2404.04057",
+        citation="Zhou, Zheng, Wang, Yin, Huang, ICML 2024",
+    )
+    through_scores, signal_free, student_first, dropout = True, True, False, True
+
+    def __init__(
+        self,
+        teacher: Any,
+        *,
+        alpha: float = 1.2,
+        start_ratio: float | None = 2.5,
+        noise_levels: str | None = None,
+        loss_scale: float = 100.0,
+        sequential: bool = False,
+        fake_score_updates: int = 1,
+        student: Denoiser | None = None,
+        student_timesteps: list[float] | None = None,
+        sample_shape: tuple[int, int, int] | None = None,
+    ):
+        super().__init__(
+            teacher,
+            start_ratio=start_ratio,
+            student_timesteps=student_timesteps,
+            student=student,
+            fake_score_updates=fake_score_updates,
+            sample_shape=sample_shape,
+        )
+        default = {EDMSchedule: "karras", FlowSchedule: "logit_normal", VPSchedule: "uniform"}
+        self.noise_levels = noise_levels or default[type(self.teacher.schedule)]
+        if self.noise_levels not in default.values():
+            raise ValueError(f"`noise_levels` must be one of {sorted(default.values())}, but is {noise_levels!r}.")
+        self.alpha, self.loss_scale, self.sequential = alpha, loss_scale, sequential
+
+    def student_loss(self, x0, batch, generator=None):
+        if self.sequential:
+            return self.loss_scale * self.sequential_loss(x0, batch, generator)
+        teacher_x0, fake_x0 = self.scores(x0, batch, generator)
+        return self.loss_scale * sid_loss(x0, teacher_x0, fake_x0, alpha=self.alpha)
+
+    def sequential_loss(self, x0, batch, generator=None):
+        """The same value and gradient as `sid_loss`, with one score network's activations at a time.
+
+        Gradients of the loss in its three arguments come from a pass without graph; each network is then run again for its
+        vector-Jacobian product (specification, Sec. 3).
+        """
+        cond, leaf = batch.get("cond"), x0.detach().requires_grad_(True)
+        t = self.student_level(x0.shape[0], generator, x0.device)
+        noise = normal(x0.shape, generator, x0.device)
+        with torch.no_grad():
+            x_t = self.student.add_noise(leaf, noise, t)
+            predictions = [network(x_t, t, cond) for network in (self.teacher, self.fake_score)]
+        teacher_x0, fake_x0 = (p.requires_grad_(True) for p in predictions)
+        with torch.enable_grad():
+            loss = sid_loss(leaf, teacher_x0, fake_x0, alpha=self.alpha)
+            direct, *cotangents = torch.autograd.grad(loss, (leaf, teacher_x0, fake_x0))
+            for network, cotangent in zip((self.teacher, self.fake_score), cotangents, strict=True):
+                x0_pred = network(self.student.add_noise(leaf, noise, t), t, cond)
+                direct = direct + torch.autograd.grad(x0_pred, leaf, cotangent)[0]
+        # the value of the loss, with the gradient that was just found
+        return loss.detach() + (direct.detach() * (x0 - x0.detach())).sum()
+
+    def student_level(self, batch_size, generator, device):
+        if self.noise_levels == "karras":
+            return self.teacher.schedule.timestep(karras_sigma(0.8 * uniform(batch_size, generator, device)))
+        return self._other_level(batch_size, generator, device)
+
+    def fake_score_level(self, batch_size, generator, device):
+        if self.noise_levels == "karras":
+            return self.teacher.schedule.timestep(torch.exp(-1.2 + 1.2 * normal((batch_size,), generator, device).double()))
+        return self._other_level(batch_size, generator, device)
+
+    def _other_level(self, batch_size, generator, device):
+        schedule = self.teacher.schedule
+        if self.noise_levels == "logit_normal":
+            # s = sigmoid(N(ln 2, 1.6**2)) and ratio = s / (1 - s)
+            return schedule.timestep(torch.exp(math.log(2) + 1.6 * normal((batch_size,), generator, device).double()))
+        low, high = (schedule.timestep(ratio) for ratio in (SD_RATIO_20, SD_RATIO_979))
+        t = low + uniform(batch_size, generator, device) * (high - low + (0 if low.is_floating_point() else 1))
+        return t if low.is_floating_point() else t.long()
+
+    def fake_score_weight(self, t):
+        """The network's own loss; for VP always that of the noise, `alpha**2 / sigma**2`, also for v teachers."""
+        if isinstance(self.teacher.schedule, VPSchedule):
+            alpha, sigma = self.teacher.schedule.alpha_sigma(t.double())
+            return ((alpha / sigma) ** 2).float()
+        return super().fake_score_weight(t)
+
+    @staticmethod
+    def reduce(error):
+        return error.flatten(1).sum(1).mean()
+
+
+# sigma / alpha of Stable Diffusion's scaled-linear betas at t = 20 and t = 979, the ends of its draw
+SD_RATIO_20, SD_RATIO_979 = 0.1380, 12.9663

@@ -1,0 +1,3 @@
+from .pipeline_one_step import OneStepPipeline
+
+__all__ = ["OneStepPipeline"]

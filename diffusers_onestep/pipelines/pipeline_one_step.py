@@ -1,0 +1,231 @@
+"""The front door for students, and the pipeline of pixel students."""
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, LCMScheduler
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+
+from ..conditions import Labels, label_ids, named_labels
+from ..repository import resolve_model
+from ..schedulers import OneStepScheduler
+
+PIXEL_PIPELINES = ("OneStepPipeline", "ConsistencyModelPipeline", "DDPMPipeline", "DDIMPipeline")
+
+
+class OneStepPipeline(DiffusionPipeline):
+    r"""
+    Images from a one-step (or few-step) student in as many network calls as it was trained for.
+
+    `OneStepPipeline.from_pretrained` is the door to every kind of student; this class itself samples pixel students,
+    unconditional or by class label. It is saved under the name of the stock pipeline that samples it too
+    ([`ConsistencyModelPipeline`]).
+
+    Parameters:
+        unet (`ModelMixin`): The student, a [`UNet2DModel`] or one with the same call.
+        scheduler ([`SchedulerMixin`]): A [`OneStepScheduler`], or the stock [`LCMScheduler`] that states the same rule.
+        id2label (`dict[int, str]`, *optional*): Names of the class labels; by default those of the network's config.
+
+    Example:
+
+    ```python
+    >>> from diffusers_onestep import OneStepPipeline
+    >>> pipe = OneStepPipeline.from_pretrained("fashion32-onestep")
+    >>> image = pipe(class_labels="Sandal").images[0]
+    ```
+    """
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin, id2label: dict[int, str] | None = None):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        if id2label:
+            self.register_to_config(id2label=dict(id2label))
+        self.id2label = named_labels(id2label, unet)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """
+        Load a student.
+
+        Args:
+            pretrained_model_name_or_path (`str`): A Hub id, a folder, or the name of a shipped student.
+            kwargs: As in [`DiffusionPipeline.from_pretrained`].
+
+        Raises:
+            ValueError: if the repository names a pipeline that is no student of a kind this class samples.
+        """
+        path = resolve_model(pretrained_model_name_or_path)
+        hub = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
+        index = cls.load_config(path, **{k: kwargs[k] for k in hub if k in kwargs})
+        name = index.get("_class_name")
+        if name not in PIXEL_PIPELINES:
+            raise ValueError(
+                f"`pretrained_model_name_or_path` must name a pipeline of {PIXEL_PIPELINES}, but {path!r} names {name!r}."
+            )
+        return super().from_pretrained(path, **kwargs)
+
+    def to_json_string(self) -> str:
+        # the stock pipeline samples the same student, so that is what the index names
+        return json.dumps(json.loads(super().to_json_string()) | {"_class_name": "ConsistencyModelPipeline"}, indent=2) + "\n"
+
+    @property
+    def student_steps(self) -> int | None:
+        """How many steps the student was trained for; None if its scheduler allows any number."""
+        if isinstance(self.scheduler, OneStepScheduler):
+            timesteps = self.scheduler.config.student_timesteps
+            return len(timesteps) if timesteps else None
+        if isinstance(self.scheduler, LCMScheduler):
+            return self.scheduler.config.original_inference_steps
+        return None
+
+    @property
+    def num_labels(self) -> int | None:
+        """How many labels can be asked for; None for an unconditional student."""
+        embeddings = getattr(self.unet.config, "num_class_embeds", None)
+        return len(self.id2label) if embeddings and self.id2label else embeddings
+
+    def check_inputs(
+        self,
+        batch_size: int,
+        class_labels: torch.Tensor | None,
+        num_inference_steps: int | None,
+        guidance_scale: float,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> None:
+        if self.student_steps is not None and num_inference_steps not in (None, self.student_steps):
+            raise ValueError(
+                f"`num_inference_steps` must be {self.student_steps}, the number that this student was trained for, "
+                f"but is {num_inference_steps}."
+            )
+        if num_inference_steps is not None and num_inference_steps < 1:
+            raise ValueError(f"`num_inference_steps` must be at least 1, but is {num_inference_steps}.")
+        if guidance_scale not in (0.0, 1.0):
+            raise ValueError(
+                f"`guidance_scale` must be 1.0 (off) on this student, which has no guidance at sampling time, but is "
+                f"{guidance_scale}."
+            )
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, but is {batch_size}.")
+        if class_labels is not None and len(class_labels) != batch_size:
+            raise ValueError(
+                f"`class_labels` must be one label or as many as `batch_size` ({batch_size}), but are {len(class_labels)}."
+            )
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"`generator` must be one generator or a list of {batch_size}, one per image, but has {len(generator)}."
+            )
+        shape = (batch_size, *self._sample_shape)
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(f"`latents` must have shape {shape}, but have {tuple(latents.shape)}.")
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be of {self._callback_tensor_inputs}, but has {unknown}."
+            )
+
+    @property
+    def _sample_shape(self) -> tuple[int, int, int]:
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.unet.config.in_channels, height, width
+
+    def prepare_labels(self, class_labels: Labels | None, batch_size: int, images_per_label: int, generator: Any):
+        """`(batch_size,)` label ids: those asked for, or drawn uniformly; None for an unconditional student."""
+        if self.num_labels is None:
+            if class_labels is not None:
+                raise ValueError(f"`class_labels` must be None for an unconditional student, but is {class_labels!r}.")
+            return None
+        if class_labels is None:
+            first = generator[0] if isinstance(generator, list) else generator
+            device = first.device if first is not None else None
+            return torch.randint(self.num_labels, (batch_size,), generator=first, device=device)
+        ids = label_ids(class_labels, self.num_labels, self.id2label).repeat_interleave(images_per_label)
+        return ids.expand(batch_size) if len(ids) == 1 else ids
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int | None = None,
+        class_labels: Labels | None = None,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int | None = None,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (diffusers' signature)
+    ) -> ImagePipelineOutput | tuple:
+        r"""
+        Args:
+            batch_size (`int`, *optional*): Number of images; by default one per label.
+            class_labels (`int`, `str`, list of them or `torch.Tensor`, *optional*): Labels by id or name; drawn uniformly
+                if not given.
+            num_images_per_prompt (`int`, *optional*, defaults to 1): Images per label.
+            num_inference_steps (`int`, *optional*): The student's own number, which is the default.
+            guidance_scale (`float`, *optional*, defaults to 1.0): Must be off: the student has baked in its guidance.
+            generator (`torch.Generator` or list of them, *optional*): For deterministic images.
+            latents (`torch.Tensor`, *optional*): Unit-variance noise to start from, `(B, C, H, W)`.
+            output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
+            return_dict (`bool`, *optional*, defaults to `True`): Whether to return an [`ImagePipelineOutput`].
+            callback_on_step_end (`Callable`, *optional*): Called as `(pipeline, step, timestep, kwargs)` after each step.
+            callback_on_step_end_tensor_inputs (`list`, *optional*): Tensors handed to it.
+
+        Returns:
+            [`ImagePipelineOutput`] or `tuple` of the images.
+
+        Raises:
+            ValueError: on arguments that the student cannot serve, naming what is allowed.
+        """
+        # 1. Check inputs
+        if batch_size is None:
+            if latents is not None:
+                batch_size = latents.shape[0]
+            else:
+                one = class_labels is None or isinstance(class_labels, (int, str))
+                batch_size = (1 if one else len(class_labels)) * num_images_per_prompt
+        labels = self.prepare_labels(class_labels, batch_size, num_images_per_prompt, generator)
+        self.check_inputs(
+            batch_size, labels, num_inference_steps, guidance_scale, generator, latents, callback_on_step_end_tensor_inputs
+        )
+        device = self._execution_device
+        cond = {} if labels is None else {"class_labels": labels.to(device)}
+
+        # 2. Prepare timesteps
+        self.scheduler.set_timesteps(num_inference_steps or self.student_steps or 1, device=device)
+
+        # 3. Prepare latents
+        if latents is None:
+            shape = (batch_size, *self._sample_shape)
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
+        latents = latents.to(device, self.unet.dtype) * self.scheduler.init_noise_sigma
+
+        # 4. One student call per timestep
+        with self.progress_bar(total=len(self.scheduler.timesteps)) as progress_bar:
+            for i, t in enumerate(self.scheduler.timesteps):
+                model_input = self.scheduler.scale_model_input(latents, t)
+                model_output = self.unet(model_input, t, **cond, return_dict=False)[0]
+                latents = self.scheduler.step(model_output, t, latents, generator=generator, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    tensors = {name: latents for name in callback_on_step_end_tensor_inputs}
+                    latents = callback_on_step_end(self, i, t, tensors).get("latents", latents)
+                progress_bar.update()
+
+        # 5. Decode
+        images = latents if output_type == "latent" else self.image_processor.postprocess(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)

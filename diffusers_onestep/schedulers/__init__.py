@@ -1,0 +1,3 @@
+from .scheduling_one_step import OneStepScheduler, OneStepSchedulerOutput, student_scheduler
+
+__all__ = ["OneStepScheduler", "OneStepSchedulerOutput", "student_scheduler"]

@@ -1,0 +1,59 @@
+"""Distil a teacher into a one-step student by distribution matching (arXiv:2311.18828, arXiv:2405.14867).
+
+    accelerate launch training/train_dmd.py --pretrained_teacher_model fashion32 --output_dir fashion32-dmd \\
+        --pairs fashion32-pairs --regression_weight 0.25 --regression_loss pseudo-huber
+
+`--pairs` are made by `make_pairs.py`. DMD2 needs none: `--fake_score_updates 5`, and `--gan_weight 3e-3 --dataset ...` for
+its GAN branch on real images.
+"""
+
+from dataclasses import dataclass, field
+
+from diffusers_onestep import DMD
+from diffusers_onestep.arguments import parse_args
+from diffusers_onestep.data import Batches, Conditions, load_images, load_pairs
+from diffusers_onestep.distillation import DistillationArguments, train_student
+from diffusers_onestep.presets import DMD_PRESETS
+
+
+@dataclass
+class DMDArguments(DistillationArguments):
+    pairs: str | None = field(default=None, metadata={"help": "Teacher pairs, a folder of make_pairs.py."})
+    regression_weight: float = field(default=0.0, metadata={"help": "Of the regression on pairs; paper: 0.25, 0.5."})
+    regression_loss: str = field(default="lpips", metadata={"help": "lpips, l2 or pseudo-huber."})
+    gan_weight: float = field(default=0.0, metadata={"help": "Of the student's GAN loss; paper: 1e-3 to 5e-3."})
+    gan_critic_weight: float = field(default=0.01, metadata={"help": "Of the critic's GAN loss."})
+    dataset: str | None = field(default=None, metadata={"help": "Real images for the GAN branch."})
+    adam_weight_decay: float = 0.01
+    lr_warmup_steps: int = 500
+
+
+def main(args: DMDArguments) -> None:
+    for weight, source in (("regression_weight", "pairs"), ("gan_weight", "dataset")):
+        if getattr(args, weight) and getattr(args, source) is None:
+            raise ValueError(f"`{source}` must be given with a `{weight}` of {getattr(args, weight)}, but is None.")
+    if args.regression_weight and args.gan_weight:
+        raise ValueError("`regression_weight` and `gan_weight` must not both be set: DMD has the one, DMD2 the other.")
+    teacher = args.load_teacher()
+    distiller = DMD(
+        teacher.guided(args.guidance_scale),
+        start_ratio=args.start_ratio,
+        regression_weight=args.regression_weight,
+        regression_loss=args.regression_loss,
+        gan_weight=args.gan_weight,
+        gan_critic_weight=args.gan_critic_weight,
+        fake_score_updates=args.fake_score_updates,
+        student=args.load_student(),
+        student_timesteps=args.student_timesteps,
+    )
+    if args.regression_weight:
+        samples = load_pairs(args.pairs)
+    elif args.gan_weight:
+        samples = load_images(args.dataset)
+    else:
+        samples = Conditions(teacher.encode())
+    train_student(distiller, Batches(samples, args.train_batch_size, args.seed), args, teacher)
+
+
+if __name__ == "__main__":
+    main(parse_args(DMDArguments, presets=DMD_PRESETS))
