@@ -108,3 +108,19 @@ def comparison_grid(
 def as_records(rows: list[Metrics]) -> list[dict]:
     """Rows for `metrics.json`."""
     return [asdict(row) for row in rows]
+
+
+def quality_plot(rows: list[Metrics], path: Path) -> None:
+    """Distance against network evaluations, a line per model with several and a point for each of the others."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4))
+    axes = figure.subplots()
+    for name in dict.fromkeys(row.model for row in rows):
+        own = sorted((row for row in rows if row.model == name), key=lambda row: row.nfe)
+        axes.plot([row.nfe for row in own], [row.value for row in own], marker="o", label=name)
+    axes.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel=rows[0].metric)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)

@@ -67,3 +67,16 @@ DMD_PRESETS = {
     ),
     "dmd2-sdxl-1step": _dmd2(128, 5e-7, 25_000, 5, guidance_scale=8.0, gan_weight=5e-3, student_timesteps=[399]),
 }
+
+# the shipped teacher, in minutes on two cores: settings found here, not published
+FASHION32_QUICKSTART = {
+    "method": {"alpha": 1.0, "start_ratio": 2.5, "noise_levels": "karras"},
+    "loop": {
+        "train_batch_size": 64,
+        "learning_rate": 5e-5,
+        "fake_score_learning_rate": 2e-4,
+        "adam_beta1": 0.0,
+        "ema_halflife_kimg": 0.5,
+        "logging_steps": 5,
+    },
+}

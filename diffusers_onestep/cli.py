@@ -1,0 +1,108 @@
+"""The console command `onestep`: for people without a script."""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`onestep quickstart | sample | info`."""
+    parser = argparse.ArgumentParser(prog="onestep", description="One-step students of diffusion models.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    quick = commands.add_parser("quickstart", help="distil the shipped teacher into a one-step student, live")
+    quick.add_argument("--output_dir", default="onestep-quickstart", help="where the student and samples.png go")
+    quick.add_argument("--max_train_steps", type=int, default=120, help="student updates")
+    quick.add_argument("--num_samples", type=int, default=1000, help="images per row of the final table")
+    quick.set_defaults(run=quickstart)
+    sampling = commands.add_parser("sample", help="write a picture of a student's images")
+    sampling.add_argument("model", help="a folder, a Hub id or a shipped name")
+    sampling.add_argument("--class_labels", nargs="*", help="labels by id or name; default: drawn at random")
+    sampling.add_argument("--num_images", type=int, default=10, help="number of images without labels")
+    sampling.add_argument("--seed", type=int, default=0)
+    sampling.add_argument("--output", default="samples.png")
+    sampling.set_defaults(run=sample)
+    about = commands.add_parser("info", help="say what a model folder holds")
+    about.add_argument("model", help="a folder or a shipped name")
+    about.set_defaults(run=info)
+    args = vars(parser.parse_args(argv))
+    del args["command"]
+    try:
+        args.pop("run")(**args)
+    except ValueError as error:
+        raise SystemExit(f"onestep: {error}") from error
+
+
+def quickstart(output_dir: str, max_train_steps: int, num_samples: int) -> None:
+    """Distil `fashion32` by SiD and compare: teacher, fresh student, shipped student."""
+    import torch
+
+    from . import OneStepPipeline, SiD, Teacher, evaluate
+    from .data import Batches, Conditions
+    from .distillation import DistillationArguments, train_student
+    from .evaluation import as_records, markdown_table
+    from .presets import FASHION32_QUICKSTART
+    from .trainer import write_json
+
+    started = time.perf_counter()
+    torch.set_num_threads(os.cpu_count() or 1)
+    teacher = Teacher.from_pretrained("fashion32")
+    method, loop = FASHION32_QUICKSTART["method"], FASHION32_QUICKSTART["loop"]
+    args = DistillationArguments(
+        output_dir=output_dir,
+        pretrained_teacher_model="fashion32",
+        max_train_steps=max_train_steps,
+        checkpointing_steps=max_train_steps,
+        checkpoints_total_limit=1,
+        **loop,
+    )
+    print(f"Distilling fashion32 into one step with SiD: {max_train_steps} updates of {args.train_batch_size} images.")
+    distiller = SiD(teacher, **method)
+    train_student(distiller, Batches(Conditions(teacher.encode()), args.train_batch_size, args.seed), args, teacher)
+    fresh = OneStepPipeline.from_pretrained(output_dir)
+    shipped = OneStepPipeline.from_pretrained("fashion32-onestep")
+    rows = [
+        evaluate(teacher, name="teacher", num_inference_steps=n, num_samples=num_samples, seed=1) for n in (1, 5, 50)
+    ]
+    rows.append(evaluate(fresh, name="this student", num_samples=num_samples, seed=1))
+    rows.append(evaluate(shipped, name="shipped student", num_samples=num_samples, seed=1))
+    write_json(Path(output_dir) / "metrics.json", {"command": "onestep quickstart", "results": as_records(rows)})
+    print(f"\n{markdown_table(rows)}\n")
+    print(f"Student: {output_dir}   Pictures: {output_dir}/samples.png (teacher above student)")
+    print(f"Done in {time.perf_counter() - started:.0f} s. Next: onestep sample {output_dir}")
+
+
+def sample(model: str, class_labels: list[str] | None, num_images: int, seed: int, output: str) -> None:
+    """One picture with all images, ten a row."""
+    import torch
+
+    from . import OneStepPipeline
+    from .sampling import picture, save_grid
+
+    pipeline = OneStepPipeline.from_pretrained(model)
+    labels = [int(label) if label.isdigit() else label for label in class_labels] if class_labels else None
+    batch_size = len(labels) if labels else num_images
+    images = pipeline(
+        batch_size, class_labels=labels, generator=torch.Generator().manual_seed(seed), output_type="latent"
+    ).images
+    save_grid(picture(images), Path(output), min(10, batch_size))
+    print(f"{batch_size} images in {output}")
+
+
+def info(model: str) -> None:
+    """What `model_index.json` and the configs say."""
+    from .repository import resolve_model
+
+    folder = Path(resolve_model(model))
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"`model` must be a folder with a model_index.json or a shipped name, but is {model!r}.")
+    index = json.loads((folder / "model_index.json").read_text())
+    print(f"{folder}\n  pipeline: {index['_class_name']}")
+    for name, entry in index.items():
+        if isinstance(entry, list) and not name.startswith("_"):
+            print(f"  {name}: {'.'.join(str(part) for part in entry)}")
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    for key in ("student_timesteps", "init_noise_sigma", "original_inference_steps", "num_train_timesteps"):
+        if key in scheduler:
+            print(f"  {key}: {scheduler[key]}")

@@ -1,0 +1,324 @@
+"""The invariants of the SiD specification, numbered as there."""
+
+import math
+
+import pytest
+import torch
+from analytic import gaussian_denoiser, hermite_grid
+from conftest import tiny_unet
+
+from diffusers_onestep import Denoiser, EDMSchedule, FlowSchedule, SiD, VPSchedule
+from diffusers_onestep.methods.base import normal
+from diffusers_onestep.methods.dmd import distribution_matching_loss
+from diffusers_onestep.methods.sid import sid_loss
+from diffusers_onestep.trainer import HalfLifeEMA, sample_generators
+
+EDM = EDMSchedule()
+CASES = [
+    {"m": 1.0, "v_d": 0.25, "sigma": 0.7, "th": 0.2, "s": 0.9},
+    {"m": -0.4, "v_d": 0.6, "sigma": 1.3, "th": 0.5, "s": 0.4},
+]
+
+
+def fixture(m, v_d, sigma, th, s):
+    """Closed-form value and gradients of the loss at alpha, and the loss itself by quadrature."""
+    v = s**2
+    c, c_d = v / (v + sigma**2), v_d / (v_d + sigma**2)
+    q = (1 - c_d) * (m - th)
+    mesm = (c_d - c) ** 2 * (v + sigma**2) + q**2
+
+    def closed_form(alpha):
+        d_th = 2 * (1 - alpha) * q * (c_d - c) - q * (1 - c)
+        d_s = 2 * s * ((1 - alpha) * (c_d - c) ** 2 - (c_d - c) * (1 - c))
+        return (1 - alpha) * mesm, d_th, d_s
+
+    def measured(loss_of):
+        z, noise, weight = hermite_grid(24)
+        parameters = torch.tensor([th, s], dtype=torch.float64, requires_grad=True)
+        x0 = parameters[0] + parameters[1] * z
+        x_t = x0 + sigma * noise
+        teacher_x0, fake_x0 = c_d * x_t + (1 - c_d) * m, c * x_t + (1 - c) * th
+        rows = zip(x0, teacher_x0, fake_x0, weight, strict=True)
+        loss = sum(w * loss_of(*(r.reshape(1, 1) for r in row)) for *row, w in rows)
+        return (loss.item(), *torch.autograd.grad(loss, parameters)[0].tolist())
+
+    return closed_form, measured, mesm
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 1.2])
+def test_1_2_value_and_gradient_have_their_closed_form(case, alpha):
+    closed_form, measured, _ = fixture(**case)
+    got = measured(lambda x0, a, b: sid_loss(x0, a, b, alpha=alpha, normalize=False))
+    assert got == pytest.approx(closed_form(alpha), abs=1e-6)
+
+
+def test_1_the_numbers_of_the_specification():
+    closed_form, measured, mesm = fixture(**CASES[0])
+    assert mesm == pytest.approx(0.386383, abs=1e-6)
+    assert closed_form(0.5)[1:] == pytest.approx((-0.701534 / 2, 0.533498 / 2), abs=1e-6)  # half the true gradient
+    assert closed_form(1.2) == pytest.approx((-0.077277, -0.139228, 0.164234), abs=1e-6)
+    # detached outputs: DMD's gradient
+    got = measured(lambda x0, a, b: sid_loss(x0, a.detach(), b.detach(), normalize=False))
+    assert got[1:] == pytest.approx((-0.529730, 0.256715), abs=1e-6)
+
+
+def test_3_equal_variances_make_alpha_irrelevant():
+    closed_form, measured, _ = fixture(m=1.0, v_d=0.25, sigma=0.7, th=0.2, s=0.5)
+    for alpha in (0.5, 1.2):
+        got = measured(lambda x0, a, b, alpha=alpha: sid_loss(x0, a, b, alpha=alpha, normalize=False))
+        assert got[1] == pytest.approx(-((1 - 0.25 / 0.74) ** 2) * 0.8, abs=1e-6)
+
+
+def test_5_equal_scores_give_zero_per_sample():
+    x0, same = torch.randn(3, 1, 4, 4, requires_grad=True), torch.randn(3, 1, 4, 4)
+    for alpha in (0.5, 1.2):
+        loss = sid_loss(x0, same, same, alpha=alpha)
+        assert loss.item() == 0 and torch.autograd.grad(loss, x0)[0].abs().max() == 0
+
+
+def test_7_no_gradient_through_the_normaliser_and_its_floor():
+    x0 = torch.randn(2, 1, 3, 3, dtype=torch.float64, requires_grad=True)
+    teacher_x0, fake_x0 = torch.randn(2, 2, 1, 3, 3, dtype=torch.float64)
+    w = 1 / (x0 - teacher_x0).abs().mean((1, 2, 3)).detach()
+    d = teacher_x0 - fake_x0
+    (gradient,) = torch.autograd.grad(sid_loss(x0, teacher_x0, fake_x0, alpha=1.2), x0)
+    torch.testing.assert_close(gradient, -w.reshape(2, 1, 1, 1) * d / 2)
+    at_floor = sid_loss(teacher_x0, teacher_x0, fake_x0, alpha=1.2)
+    torch.testing.assert_close(at_floor, -1.2e5 * (d**2).sum() / 2)
+
+
+def test_7_the_normaliser_bias_shrinks_with_the_dimension():
+    generator = torch.Generator().manual_seed(0)
+    closed_form, _, _ = fixture(**CASES[0])
+    assert closed_form(1.0)[0] == 0
+    c, c_d = 0.81 / (0.81 + 0.49), 0.25 / 0.74
+    for dim, expected in ((64, -0.0043), (1024, -0.0002)):
+        n = 4_000_000 // dim
+        x0 = 0.2 + 0.9 * torch.randn(n, dim, generator=generator)
+        x_t = x0 + 0.7 * torch.randn(n, dim, generator=generator)
+        loss = sid_loss(x0, c_d * x_t + (1 - c_d), c * x_t + (1 - c) * 0.2)
+        assert loss.item() / dim == pytest.approx(expected, abs=8e-4)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.2])
+def test_8_both_algebraic_forms_agree(alpha):
+    x0, teacher_x0, fake_x0 = torch.randn(3, 5, 2, 4, 4, dtype=torch.float64)
+    d = teacher_x0 - fake_x0
+    other = (d * (fake_x0 - x0) + (1 - alpha) * d**2).sum((1, 2, 3)).mean()
+    torch.testing.assert_close(sid_loss(x0, teacher_x0, fake_x0, alpha=alpha, normalize=False), other)
+
+
+def test_detached_outputs_give_the_direction_of_dmd():
+    x0 = torch.randn(4, 1, 5, 5, requires_grad=True)
+    teacher_x0, fake_x0 = torch.randn(2, 4, 1, 5, 5)
+    (sid,) = torch.autograd.grad(sid_loss(x0, teacher_x0, fake_x0), x0)
+    (dmd,) = torch.autograd.grad(distribution_matching_loss(x0, teacher_x0, fake_x0), x0)
+    torch.testing.assert_close(sid / 25, dmd)
+
+
+def test_15_a_nan_sample_is_dropped():
+    x0, teacher_x0, fake_x0 = torch.randn(3, 4, 1, 3, 3)
+    x0.requires_grad_(True)
+    (clean,) = torch.autograd.grad(sid_loss(x0, teacher_x0, fake_x0), x0)
+    teacher_x0[1, 0, 0, 0] = math.nan
+    (dropped,) = torch.autograd.grad(sid_loss(x0, teacher_x0, fake_x0), x0)
+    keep = [0, 2, 3]
+    torch.testing.assert_close(dropped[keep], clean[keep])
+    assert dropped[1].abs().max() == 0
+    (none,) = torch.autograd.grad(sid_loss(x0, teacher_x0 * math.nan, fake_x0), x0)
+    assert none.abs().max() == 0
+
+
+def small_sid(**options):
+    teacher = Denoiser(tiny_unet(classes=3), VPSchedule(torch.linspace(0.9999, 0.01, 1000)), "epsilon")
+    return SiD(teacher, **options)
+
+
+BATCH = {"batch_size": 4, "cond": {"class_labels": torch.tensor([0, 1, 2, 0])}}
+
+
+def test_5_6_state_at_initialisation_is_stationary_until_the_fake_score_moves():
+    distiller = small_sid()
+    updates = distiller.updates(BATCH, torch.Generator().manual_seed(0))
+    name, loss = next(updates)
+    assert name == "fake_score"
+    still = distiller.student_loss(distiller.generate(BATCH), BATCH)
+    assert still.item() == 0
+    loss.backward()
+    with torch.no_grad():
+        for parameter in distiller.fake_score.network.parameters():
+            parameter -= 1e-3 * parameter.grad.sign()
+    name, loss = next(updates)
+    assert name == "student" and loss.item() != 0
+    assert next(updates, None) is None
+
+
+def test_9_gradients_reach_only_the_network_that_learns():
+    distiller = small_sid()
+    networks = {"teacher": distiller.teacher.network} | distiller.trainable
+    for name, loss in distiller.updates(BATCH):
+        loss.backward()
+        for other, network in networks.items():
+            moved = [p.grad is not None for p in network.parameters()]
+            assert any(moved) if other == name else not any(moved), (name, other)
+        with torch.no_grad():
+            for parameter in networks[name].parameters():
+                if parameter.grad is not None:
+                    parameter -= 1e-4 * parameter.grad.sign()
+                parameter.grad = None
+
+
+def test_10_sequential_path_equals_autograd():
+    results = []
+    for sequential in (False, True):
+        distiller = small_sid(sequential=sequential)
+        with torch.no_grad():
+            for parameter in distiller.fake_score.network.parameters():
+                parameter += 0.01
+        with distiller.learning("student"):
+            x0 = distiller.generate(BATCH, torch.Generator().manual_seed(1))
+            loss = distiller.student_loss(x0, BATCH, torch.Generator().manual_seed(2))
+        loss.backward()
+        gradients = [p.grad for p in distiller.student.network.parameters() if p.grad is not None]
+        results.append((loss, torch.cat([g.flatten() for g in gradients])))
+    (loss, gradient), (loss_sequential, gradient_sequential) = results
+    torch.testing.assert_close(loss_sequential, loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient_sequential, gradient, rtol=1e-3, atol=1e-3 * gradient.abs().max().item())
+
+
+def test_11_levels_of_the_edm_runs():
+    distiller = SiD(gaussian_denoiser(EDM, "edm"), sample_shape=(1, 1, 1))
+    generator = torch.Generator().manual_seed(0)
+    sigma = EDM.ratio(distiller.student_level(100_000, generator, None))
+    assert 0.0019 < sigma.min() and sigma.max() < 24.41 and sigma.max() > 24
+    log_sigma = EDM.ratio(distiller.fake_score_level(100_000, generator, None)).log()
+    assert log_sigma.mean().item() == pytest.approx(-1.2, abs=0.02)
+    assert log_sigma.std().item() == pytest.approx(1.2, abs=0.02)
+    assert EDM.ratio(torch.tensor(distiller.student_timesteps)).item() == pytest.approx(2.5, rel=1e-5)
+    assert distiller.init_noise_sigma == pytest.approx(2.5, rel=1e-5)
+
+
+def test_levels_of_the_stable_diffusion_and_flow_runs():
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    vp = VPSchedule((1 - betas).cumprod(0))
+    t = SiD(gaussian_denoiser(vp, "epsilon"), sample_shape=(1, 1, 1)).student_level(100_000, None, None)
+    assert t.min().item() == 20 and t.max().item() == 979 and not t.is_floating_point()
+    distiller = SiD(gaussian_denoiser(FlowSchedule(), "flow_prediction"), sample_shape=(1, 1, 1))
+    s = distiller.student_level(100_000, None, None).double() / 1000
+    logit = (s / (1 - s)).log()
+    assert logit.mean().item() == pytest.approx(math.log(2), abs=0.03)
+    assert logit.std().item() == pytest.approx(1.6, abs=0.03)
+
+
+def test_12_fake_score_loss_is_the_noise_error_for_eps_and_v():
+    vp = VPSchedule(torch.linspace(0.9999, 0.01, 1000))
+    for prediction_type in ("epsilon", "v_prediction"):
+        distiller = SiD(gaussian_denoiser(vp, prediction_type), sample_shape=(1, 2, 2))
+        x0 = torch.randn(5, 1, 2, 2)
+        loss = distiller.fake_score_loss(x0, {"cond": {}}, torch.Generator().manual_seed(3))
+        generator = torch.Generator().manual_seed(3)
+        t = distiller.fake_score_level(5, generator, None)
+        noise = normal(x0.shape, generator)
+        x_t = distiller.student.add_noise(x0, noise, t)
+        alpha, sigma = vp.alpha_sigma(t)
+        eps = (x_t - alpha * distiller.fake_score(x_t, t)) / sigma
+        torch.testing.assert_close(loss, ((eps - noise) ** 2).sum((1, 2, 3)).mean(), rtol=1e-3, atol=1e-4)
+
+
+def test_13_all_prediction_types_give_the_same_loss():
+    """The same Gaussian in VP, flow and EDM, at equal ratio sigma / alpha."""
+    losses = []
+    for schedule, prediction_type in (
+        (VPSchedule(torch.linspace(0.9999, 0.01, 1000)), "epsilon"),
+        (VPSchedule(torch.linspace(0.9999, 0.01, 1000)), "v_prediction"),
+        (FlowSchedule(), "flow_prediction"),
+        (EDM, "edm"),
+    ):
+        teacher, fake = (gaussian_denoiser(schedule, prediction_type, mu, s) for mu, s in ((0.3, 0.5), (-0.1, 0.7)))
+        vp = VPSchedule(torch.linspace(0.9999, 0.01, 1000))
+        t = schedule.timestep(vp.ratio(torch.tensor([300, 500])))
+        generator = torch.Generator().manual_seed(0)
+        x0 = torch.randn(2, 1, 3, 3, generator=generator)
+        x_t = teacher.add_noise(x0, torch.randn(2, 1, 3, 3, generator=generator), t)
+        losses.append(sid_loss(x0, teacher(x_t, t), fake(x_t, t), alpha=1.2))
+    torch.testing.assert_close(torch.stack(losses), losses[0].expand(4), rtol=1e-3, atol=1e-4)
+
+
+def test_14_ema_copies_first_and_halves_after_the_half_life():
+    parameter = torch.nn.Parameter(torch.tensor([1.0]))
+    ema = HalfLifeEMA([parameter], halflife_images=1000, rampup_ratio=0.05)
+    ema.images_seen, ema.batch_size = 0, 64
+    parameter.data.fill_(5.0)
+    ema.step([parameter])
+    assert ema.shadow_params[0].item() == 5.0
+    parameter.data.fill_(0.0)
+    ema.images_seen, ema.batch_size = 10**6, 100
+    for _ in range(10):
+        ema.step([parameter])
+    assert ema.shadow_params[0].item() == pytest.approx(2.5)
+    ema.images_seen = 2000  # ramp: the half-life is 100 images
+    ema.step([parameter])
+    assert ema.shadow_params[0].item() == pytest.approx(1.25)
+
+
+def test_16_noise_per_sample_does_not_depend_on_the_split():
+    whole = small_sid().generate(BATCH, sample_generators(0, 7, range(4)))
+    parts = [
+        small_sid().generate(
+            {"batch_size": 2, "cond": {"class_labels": BATCH["cond"]["class_labels"][first : first + 2]}},
+            sample_generators(0, 7, range(first, first + 2)),
+        )
+        for first in (0, 2)
+    ]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_is_on_only_where_a_network_learns():
+    distiller = small_sid()
+    with distiller.learning("fake_score"):
+        assert distiller.fake_score.network.training and not distiller.student.network.training
+    with distiller.learning("student"):
+        assert distiller.student.network.training and not distiller.fake_score.network.training
+    assert not distiller.teacher.network.training
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_18_linear_gaussian_student_finds_the_teacher(alpha):
+    """G(z) = th + s z against N(1, 0.5**2), with a fake score of the same form fitted 1:1."""
+    generator = torch.Generator().manual_seed(0)
+    student = torch.tensor([0.0, 1.0], requires_grad=True)
+    fake = torch.tensor([0.0, 1.0], requires_grad=True)  # its mean and std
+    optimizers = {
+        "fake": torch.optim.Adam([fake], lr=2e-2, betas=(0.0, 0.999)),
+        "student": torch.optim.Adam([student], lr=4e-3, betas=(0.0, 0.999)),
+    }
+
+    def denoise(x_t, sigma, mu, s):
+        return mu + s**2 / (s**2 + sigma**2) * (x_t - mu)
+
+    def draw():
+        z, noise = torch.randn(2, 512, 8, generator=generator)
+        sigma = torch.exp(torch.randn(512, 1, generator=generator) - 0.5)
+        x0 = student[0] + student[1] * z
+        return x0, x0 + sigma * noise, sigma
+
+    for _ in range(1200):
+        x0, x_t, sigma = (v.detach() for v in draw())
+        loss = ((1 / sigma**2 + 4) * (denoise(x_t, sigma, *fake) - x0) ** 2).mean()
+        optimizers["fake"].zero_grad()
+        loss.backward()
+        optimizers["fake"].step()
+        x0, x_t, sigma = draw()
+        frozen = fake.detach()
+        loss = sid_loss(x0, denoise(x_t, sigma, 1.0, 0.5), denoise(x_t, sigma, *frozen), alpha=alpha)
+        optimizers["student"].zero_grad()
+        loss.backward()
+        optimizers["student"].step()
+    assert student[0].item() == pytest.approx(1.0, abs=0.08)
+    assert abs(student[1].item()) == pytest.approx(0.5, abs=0.08)
+
+
+def test_bad_noise_levels_name_what_is_allowed():
+    with pytest.raises(ValueError, match=r"`noise_levels` must be one of .* but is 'cosine'"):
+        small_sid(noise_levels="cosine")

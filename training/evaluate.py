@@ -1,0 +1,77 @@
+"""Measure students against their teacher on the same noises.
+
+    accelerate launch training/evaluate.py --model fashion32-onestep --pretrained_teacher_model fashion32 \\
+        --teacher_steps 1 5 50 --num_samples 10000 --output_dir evaluation
+
+writes `metrics.json`, `samples.png` (teacher above the first student, same noises) and `quality.png`.
+"""
+
+import os
+import platform
+import sys
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from diffusers_onestep import OneStepPipeline, Teacher, evaluate
+from diffusers_onestep.arguments import parse_args
+from diffusers_onestep.evaluation import as_records, comparison_grid, markdown_table, quality_plot
+from diffusers_onestep.trainer import write_json
+
+
+@dataclass
+class EvaluateArguments:
+    output_dir: str = field(metadata={"help": "Where the numbers and pictures go."})
+    model: list[str] = field(default_factory=list, metadata={"help": "Students: folders, Hub ids or shipped names."})
+    pretrained_teacher_model: str | None = field(default=None, metadata={"help": "Their teacher."})
+    teacher_steps: list[int] = field(
+        default_factory=lambda: [1, 2, 5, 10, 20, 50], metadata={"help": "Steps at which to sample the teacher."}
+    )
+    num_samples: int = field(default=10_000, metadata={"help": "A distance is comparable only at the same number."})
+    batch_size: int = field(default=250, metadata={"help": "Samples at a time."})
+    reference: str | None = field(default=None, metadata={"help": "Statistics of make_reference.py."})
+    seed: int = field(default=0, metadata={"help": "Of the noises."})
+
+
+def main(args: EvaluateArguments) -> None:
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    shared = {
+        "num_samples": args.num_samples,
+        "batch_size": args.batch_size,
+        "seed": args.seed,
+        "reference": args.reference,
+    }
+    teacher = Teacher.from_pretrained(args.pretrained_teacher_model) if args.pretrained_teacher_model else None
+    rows = []
+    students = {Path(path).name: OneStepPipeline.from_pretrained(path) for path in args.model}
+    for name, pipeline in students.items():
+        rows.append(evaluate(pipeline, name=name, **shared))
+        print(rows[-1], flush=True)
+    for steps in args.teacher_steps if teacher else []:
+        rows.append(evaluate(teacher, name="teacher", num_inference_steps=steps, **shared))
+        print(rows[-1], flush=True)
+    print(markdown_table(rows))
+    content = {
+        "command": " ".join(["accelerate launch", *sys.argv]),
+        "seed": args.seed,
+        "versions": {name: version(name) for name in ("diffusers-onestep", "torch", "diffusers")},
+        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "results": as_records(rows),
+    }
+    write_json(output_dir / "metrics.json", content)
+    quality_plot(rows, output_dir / "quality.png")
+    if teacher and students:
+        pipeline = next(iter(students.values()))
+        comparison_grid(
+            teacher,
+            lambda noise, cond: pipeline(latents=noise, output_type="latent", **cond).images,
+            output_dir / "samples.png",
+            seed=args.seed,
+        )
+
+
+if __name__ == "__main__":
+    main(parse_args(EvaluateArguments))
