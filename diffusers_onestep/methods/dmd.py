@@ -53,11 +53,13 @@ class GANHead(nn.Module):
         super().__init__()
         if size < 4 or size & (size - 1):
             raise ValueError(f"`size` of the bottleneck must be a power of two from 4 on, but is {size}.")
+        # the paper's 32 groups; narrow networks get fewer, since a group of one value would be normalised to nothing
+        groups = min(32, max(1, channels // 8))
         layers: list[nn.Module] = []
         while size > 4:
-            layers += [nn.Conv2d(channels, channels, 4, 2, 1), nn.GroupNorm(min(32, channels), channels), nn.SiLU()]
+            layers += [nn.Conv2d(channels, channels, 4, 2, 1), nn.GroupNorm(groups, channels), nn.SiLU()]
             size //= 2
-        layers += [nn.Conv2d(channels, channels, 4), nn.GroupNorm(min(32, channels), channels), nn.SiLU()]
+        layers += [nn.Conv2d(channels, channels, 4), nn.GroupNorm(groups, channels), nn.SiLU()]
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 1))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,312 @@
+"""The invariants of the DMD specification, numbered as there."""
+
+import math
+
+import pytest
+import torch
+from analytic import gaussian_denoiser, hermite_grid
+from conftest import tiny_unet
+
+from diffusers_onestep import DMD, Denoiser, EDMSchedule, FlowSchedule, GuidedDenoiser, VPSchedule
+from diffusers_onestep.methods.base import normal
+from diffusers_onestep.methods.dmd import GANHead, distribution_matching_loss, gan_losses, regression_distance
+
+VP = VPSchedule(torch.linspace(0.9999, 0.01, 1000))
+EDM = EDMSchedule()
+BATCH = {"batch_size": 4, "cond": {"class_labels": torch.tensor([0, 1, 2, 0])}}
+
+
+def small_teacher():
+    return Denoiser(tiny_unet(classes=3), VP, "epsilon")
+
+
+@pytest.mark.parametrize("schedule, prediction_type, t", [(VP, "epsilon", 440), (EDM, "edm", 0.1)])
+def test_i2_i3_kl_gradient_of_gaussians(schedule, prediction_type, t):
+    """E[fake - teacher] and its product with z, for teacher N(m, s**2) and student a + b z."""
+    m, s, a, b = 0.7, 0.5, -0.2, 0.8
+    teacher, fake = (gaussian_denoiser(schedule, prediction_type, *p) for p in ((m, s), (a, b)))
+    z, noise, weight = hermite_grid()
+    alpha, sigma = (v.double().item() for v in schedule.alpha_sigma(torch.tensor([t], dtype=torch.float64)))
+    x_t = (alpha * (a + b * z) + sigma * noise).reshape(-1, 1, 1, 1)
+    ts = torch.full((len(z),), t)
+    difference = (fake(x_t, ts) - teacher(x_t, ts)).flatten()
+    v_r, v_f = alpha**2 * s**2 + sigma**2, alpha**2 * b**2 + sigma**2
+    assert (weight * difference).sum().item() == pytest.approx(sigma**2 * (a - m) / v_r, abs=1e-5)
+    expected = sigma**2 * b * (1 / v_r - 1 / v_f)
+    assert (weight * difference * z).sum().item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_i4_matched_gaussians_give_zero_pointwise():
+    teacher, fake = gaussian_denoiser(VP, "epsilon", 0.3, 0.5), gaussian_denoiser(VP, "epsilon", 0.3, -0.5)
+    x_t, t = torch.randn(6, 1, 2, 2, dtype=torch.float64), torch.tensor([1, 50, 200, 440, 800, 999])
+    torch.testing.assert_close(teacher(x_t, t), fake(x_t, t))
+
+
+def test_i5_gradient_and_value():
+    x0, teacher_x0, fake_x0 = torch.randn(3, 4, 2, 3, 3, dtype=torch.float64)
+    for v in (x0, teacher_x0, fake_x0):
+        v.requires_grad_(True)
+    loss = distribution_matching_loss(x0, teacher_x0, fake_x0)
+    w = (x0 - teacher_x0).abs().mean((1, 2, 3), keepdim=True)
+    g = ((fake_x0 - teacher_x0) / w).detach()
+    torch.testing.assert_close(loss, 0.5 * (g**2).mean())
+    loss.backward()
+    torch.testing.assert_close(x0.grad, g / x0.numel())
+    assert teacher_x0.grad is None and fake_x0.grad is None
+
+
+def test_i6_scale_shift_and_batch_invariance():
+    x0, teacher_x0, fake_x0 = torch.randn(3, 4, 2, 3, 3, dtype=torch.float64)
+
+    def gradient(*v):
+        x = v[0].clone().requires_grad_(True)
+        return torch.autograd.grad(distribution_matching_loss(x, *v[1:]), x)[0] * x.numel()
+
+    g = gradient(x0, teacher_x0, fake_x0)
+    torch.testing.assert_close(gradient(*(7 * v for v in (x0, teacher_x0, fake_x0))), g)
+    torch.testing.assert_close(gradient(*(v + 3 for v in (x0, teacher_x0, fake_x0))), g)
+    torch.testing.assert_close(gradient(*(v[1:2] for v in (x0, teacher_x0, fake_x0))), g[1:2])
+
+
+def test_i24_floor_keeps_the_gradient_finite():
+    x0 = torch.zeros(2, 1, 3, 3, requires_grad=True)
+    loss = distribution_matching_loss(x0, torch.zeros(2, 1, 3, 3), torch.full((2, 1, 3, 3), 1e-3))
+    (gradient,) = torch.autograd.grad(loss, x0)
+    torch.testing.assert_close(gradient, torch.full_like(x0, 1e-3 / 1e-5 / 18))
+
+
+def test_i8_fake_score_equal_to_teacher_gives_zero_and_guidance_gives_its_difference():
+    distiller = DMD(small_teacher())
+    with distiller.learning("student"):
+        x0 = distiller.generate(BATCH)
+        assert distiller.student_loss(x0, BATCH).item() == 0
+    negative = {"class_labels": torch.tensor([2])}
+    teacher = GuidedDenoiser(small_teacher(), 3.0, negative)
+    distiller = DMD(teacher)
+    x0, generator = torch.randn(4, 1, 16, 16), torch.Generator()
+    teacher_x0, fake_x0 = distiller.scores(x0, BATCH, generator.manual_seed(5))
+    generator.manual_seed(5)
+    t = distiller.student_level(4, generator, None)
+    x_t = teacher.add_noise(x0, normal(x0.shape, generator), t)
+    uncond = teacher.denoiser(x_t, t, {"class_labels": torch.full((4,), 2)})
+    cond = teacher.denoiser(x_t, t, BATCH["cond"])
+    torch.testing.assert_close(fake_x0 - teacher_x0, -2.0 * (cond - uncond), rtol=1e-3, atol=1e-4)
+
+
+def test_i10_i11_best_fake_score_loss():
+    """The exact denoiser of the student's Gaussian reaches the closed-form minimum of the noise error."""
+    a, b = 0.3, 0.5
+    distiller = DMD(gaussian_denoiser(VP, "epsilon", a, b), sample_shape=(1, 1, 1))
+    generator = torch.Generator().manual_seed(0)
+    x0 = a + b * torch.randn(200_000, 1, 1, 1, generator=generator)
+    measured = distiller.fake_score_loss(x0, {"cond": {}}, generator)
+    alpha, sigma = VP.alpha_sigma(torch.arange(1000))
+    expected = (alpha**2 * b**2 / (alpha**2 * b**2 + sigma**2)).mean()
+    torch.testing.assert_close(measured, expected, rtol=1e-2, atol=0)
+
+
+def test_i12_student_at_initialisation_is_the_teachers_first_step():
+    mu, s = 0.3, 0.5
+    distiller = DMD(gaussian_denoiser(EDM, "edm", mu, s), sample_shape=(1, 1, 1))
+    assert distiller.init_noise_sigma == pytest.approx(80, rel=1e-5)
+    x0 = distiller.generate({"batch_size": 100_000, "cond": {}}, torch.Generator().manual_seed(0))
+    assert x0.mean().item() == pytest.approx(mu * 6400 / 6400.25, abs=1e-4)
+    assert x0.std().item() == pytest.approx(s**2 * 80 / 6400.25, rel=2e-2)
+    teacher = small_teacher()
+    distiller = DMD(teacher)
+    z = torch.randn(2, 1, 16, 16)
+    labels = {"class_labels": torch.tensor([0, 1])}
+    assert distiller.student_timesteps == [999] and distiller.init_noise_sigma == 1.0
+    with torch.no_grad():
+        torch.testing.assert_close(distiller.sample(z, labels), teacher(z, torch.tensor([999, 999]), labels))
+
+
+def test_i13_draws_reach_their_ends_per_sample():
+    distiller = DMD(small_teacher())
+    t = distiller.student_level(100_000, None, None)
+    assert t.min().item() == 20 and t.max().item() == 980
+    t = distiller.fake_score_level(100_000, None, None)
+    assert t.min().item() == 0 and t.max().item() == 999
+    edm = DMD(gaussian_denoiser(EDM, "edm"), sample_shape=(1, 1, 1))
+    sigma = EDM.ratio(edm.student_level(100_000, None, None))
+    assert sigma.min().item() == pytest.approx(0.00323, rel=2e-3)
+    assert sigma.max().item() == pytest.approx(72.05, rel=1e-3)
+
+
+def test_i14_exact_scores_bring_the_student_to_the_teacher():
+    """(a, b) -> (m, s), with no noise floor: the gradient's variance vanishes at the optimum."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = torch.tensor([-0.5, 1.2], dtype=torch.float64, requires_grad=True)
+    m, s = 0.7, 0.5
+    for _ in range(2500):
+        z, noise = torch.randn(2, 128, 32, generator=generator, dtype=torch.float64)
+        sigma = 10 ** (2 * torch.rand(128, 1, generator=generator, dtype=torch.float64) - 1)
+        a, b = parameters
+        x0 = a + b * z
+        with torch.no_grad():
+            x_t = x0 + sigma * noise
+            teacher_x0 = m + s**2 / (s**2 + sigma**2) * (x_t - m)
+            fake_x0 = a + b**2 / (b**2 + sigma**2) * (x_t - a)
+        loss = distribution_matching_loss(x0, teacher_x0, fake_x0)
+        (gradient,) = torch.autograd.grad(loss, parameters)
+        parameters.data -= 0.05 * gradient
+    torch.testing.assert_close(parameters.data, torch.tensor([m, s], dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+def test_i15_fake_score_lag_rings_at_ratio_one_and_not_at_five():
+    """The specification's linear model of the two time scales, and its criterion."""
+    c = rho = 0.05
+
+    def crossings(ratio):
+        a, a_hat, signs = 1.0, 1.0, []
+        for _ in range(2000):
+            a -= c * a_hat
+            for _ in range(ratio):
+                a_hat += rho * (a - a_hat)
+            if abs(a) > 1e-12:
+                signs.append(a > 0)
+        return sum(x != y for x, y in zip(signs, signs[1:], strict=False))
+
+    for ratio in (1, 5, 10):
+        q = (1 - rho) ** ratio
+        oscillation_free = c <= (1 - math.sqrt(q)) / (1 + math.sqrt(q))
+        assert (crossings(ratio) == 0) == oscillation_free
+    assert crossings(1) > 0 and crossings(5) == 0
+
+
+def test_i16_gan_losses_at_matched_distributions_and_their_gradients():
+    zero = torch.zeros(8, 1, requires_grad=True)
+    critic, student = gan_losses(torch.zeros(8, 1), zero)
+    assert critic.item() == pytest.approx(2 * math.log(2)) and student.item() == pytest.approx(math.log(2))
+    (gradient,) = torch.autograd.grad(student, zero)
+    torch.testing.assert_close(gradient, torch.full((8, 1), -0.5 / 8))
+    # at the optimal logit log p_real - log p_fake the critic's expected gradient vanishes
+    z, _, weight = hermite_grid()
+    shift = 0.8
+    real, fake = z + shift, z
+    scale = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    logit = lambda x: scale * (shift * x - shift**2 / 2)  # noqa: E731
+    softplus = torch.nn.functional.softplus
+    loss = (weight * (softplus(logit(fake)) + softplus(-logit(real)))).sum()
+    assert torch.autograd.grad(loss, scale)[0].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_i17_i19_routing_order_and_ratio():
+    distiller = DMD(small_teacher(), gan_weight=1e-3, fake_score_updates=3)
+    networks = {"teacher": distiller.teacher.network} | distiller.trainable
+    names = []
+    for name, loss in distiller.updates(BATCH | {"x0": torch.randn(4, 1, 16, 16)}):
+        names.append(name)
+        loss.backward()
+        for other, network in networks.items():
+            with_gradient = [p.grad is not None for p in network.parameters()]
+            assert any(with_gradient) if other == name else not any(with_gradient), (name, other)
+            for parameter in network.parameters():
+                parameter.grad = None
+    assert names == ["student", "fake_score", "fake_score", "fake_score"]
+
+
+def test_i17_the_gan_loss_alone_moves_the_student_and_trains_the_encoder():
+    distiller = DMD(small_teacher(), gan_weight=1.0)
+    x0 = torch.randn(4, 1, 16, 16, requires_grad=True)
+    with distiller.learning("student"):
+        gan_losses(None, distiller.logits(x0, BATCH))[1].backward()
+    assert x0.grad.abs().max() > 0
+    assert all(p.grad is None for p in distiller.trainable["fake_score"].parameters())
+    with distiller.learning("fake_score"):
+        gan_losses(None, distiller.logits(x0.detach(), BATCH))[0].backward()
+    assert distiller.fake_score.network.conv_in.weight.grad.abs().max() > 0
+    assert distiller.head.layers[0].weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("size", [4, 8, 32])
+def test_i18_head_gives_one_logit(size):
+    assert GANHead(32, size)(torch.randn(2, 32, size, size)).shape == (2, 1)
+
+
+def test_i18_odd_bottleneck_is_refused():
+    with pytest.raises(ValueError, match=r"`size` .* but is 6"):
+        GANHead(32, 6)
+
+
+def test_i20_backward_simulation():
+    distiller = DMD(small_teacher(), student_timesteps=[999, 749, 499, 249])
+    calls = []
+    distiller.student.network.register_forward_hook(
+        lambda module, inputs, output: calls.append(torch.is_grad_enabled())
+    )
+    inputs = []
+    distiller.student.network.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    seen = set()
+    for step in range(20):
+        calls.clear(), inputs.clear()
+        distiller.generate(BATCH | {"step": step}, torch.Generator().manual_seed(0))
+        assert calls[-1] and not any(calls[:-1])
+        torch.testing.assert_close(inputs[0], normal((4, 1, 16, 16), torch.Generator().manual_seed(0)))
+        first = len(calls)
+        calls.clear()
+        distiller.generate(BATCH | {"step": step}, torch.Generator().manual_seed(9))
+        assert len(calls) == first  # shared by every rank, whatever its noise
+        seen.add(first)
+    assert seen == {1, 2, 3, 4}
+
+
+def test_i21_regression():
+    pairs = {"noise": torch.randn(4, 1, 16, 16), "target": torch.randn(4, 1, 16, 16)}
+    distiller = DMD(small_teacher(), regression_weight=0.25, regression_loss="l2")
+    expected = torch.nn.functional.mse_loss(distiller.sample(pairs["noise"], BATCH["cond"]), pairs["target"])
+    torch.testing.assert_close(distiller.regression_loss(BATCH | pairs), expected)
+    with pytest.raises(ValueError, match=r"`regression_weight` needs batches with 'noise' and 'target'"):
+        next(distiller.updates(BATCH))
+    called = []
+    off = DMD(small_teacher(), regression_weight=0.0, regression_loss=lambda a, b: called.append(1))
+    next(off.updates(BATCH | pairs))
+    assert not called
+
+
+@pytest.mark.parametrize("name", ["l2", "pseudo-huber"])
+def test_regression_distances_vanish_only_at_equality(name):
+    distance = regression_distance(name)
+    y = torch.randn(2, 1, 8, 8)
+    assert distance(y, y).item() == pytest.approx(0, abs=1e-6) and distance(y, y + 0.1).item() > 1e-3
+
+
+def test_lpips_without_its_weights_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", _unreachable)
+    with pytest.raises(RuntimeError, match="--regression_loss l2 or pseudo-huber"):
+        regression_distance("lpips")
+
+
+def _unreachable(*args, **kwargs):
+    from urllib.error import URLError
+
+    raise URLError("no network")
+
+
+def test_fake_score_reuses_the_students_samples_once():
+    distiller = DMD(small_teacher(), fake_score_updates=2)
+    count = []
+    distiller.student.network.register_forward_hook(lambda *_: count.append(1))
+    list(distiller.updates(BATCH))
+    assert len(count) == 2  # the student's own, and fresh samples for the second update
+
+
+def test_flow_teacher_starts_at_pure_noise():
+    distiller = DMD(gaussian_denoiser(FlowSchedule(), "flow_prediction", 0.3, 0.5), sample_shape=(1, 1, 1))
+    assert distiller.student_timesteps == [1000.0] and distiller.init_noise_sigma == 1.0
+    t = distiller.student_level(50_000, None, None)
+    assert 20 <= t.min().item() <= 22 and 980 <= t.max().item() <= 982
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"fake_score_updates": 0}, r"`fake_score_updates` must be at least 1, but is 0"),
+        ({"student_timesteps": [249, 999]}, r"`student_timesteps` must fall"),
+        ({"regression_weight": 1.0, "regression_loss": "ssim"}, r"`regression_loss` must be 'lpips', .* but is 'ssim'"),
+    ],
+)
+def test_bad_options_name_what_is_allowed(options, message):
+    with pytest.raises(ValueError, match=message):
+        DMD(small_teacher(), **options)
