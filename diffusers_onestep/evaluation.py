@@ -64,7 +64,7 @@ def evaluate(
         device = pipeline.pipeline.device
         run: Sampler = lambda noise, cond: pipeline.sample(noise, cond, num_inference_steps=steps)  # noqa: E731
     else:
-        shape, steps = pipeline._sample_shape, num_inference_steps or pipeline.student_steps
+        shape, steps = pipeline.sample_shape, num_inference_steps or pipeline.student_steps
         device = pipeline.device
         pipeline.set_progress_bar_config(disable=True)
 

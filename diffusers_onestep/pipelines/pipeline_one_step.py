@@ -66,13 +66,14 @@ class OneStepPipeline(DiffusionPipeline):
             ValueError: if the repository names a pipeline that is no student of a kind this class samples.
         """
         path = resolve_model(pretrained_model_name_or_path)
-        hub = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
-        index = cls.load_config(path, **{k: kwargs[k] for k in hub if k in kwargs})
-        name = index.get("_class_name")
-        if name not in PIXEL_PIPELINES:
-            raise ValueError(
-                f"`pretrained_model_name_or_path` must name a pipeline of {PIXEL_PIPELINES}, but {path!r} names {name!r}."
-            )
+        if "dduf_file" not in kwargs:  # an archive has no index outside
+            hub = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
+            name = cls.load_config(path, **{k: kwargs[k] for k in hub if k in kwargs}).get("_class_name")
+            if name not in PIXEL_PIPELINES:
+                raise ValueError(
+                    f"`pretrained_model_name_or_path` must name a pipeline of {PIXEL_PIPELINES}, "
+                    f"but {path!r} names {name!r}."
+                )
         return super().from_pretrained(path, **kwargs)
 
     def to_json_string(self) -> str:
@@ -95,10 +96,16 @@ class OneStepPipeline(DiffusionPipeline):
         embeddings = getattr(self.unet.config, "num_class_embeds", None)
         return len(self.id2label) if embeddings and self.id2label else embeddings
 
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """`(C, H, W)` of the images."""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.unet.config.in_channels, height, width
+
     def check_inputs(
         self,
-        batch_size: int,
-        class_labels: torch.Tensor | None,
+        num_images: int,
         num_inference_steps: int | None,
         guidance_scale: float,
         generator: torch.Generator | list[torch.Generator] | None,
@@ -114,20 +121,14 @@ class OneStepPipeline(DiffusionPipeline):
             raise ValueError(f"`num_inference_steps` must be at least 1, but is {num_inference_steps}.")
         if guidance_scale not in (0.0, 1.0):
             raise ValueError(
-                f"`guidance_scale` must be 1.0 (off) on this student, which has no guidance at sampling time, but is "
-                f"{guidance_scale}."
+                "`guidance_scale` must be 1.0 (off) on this student, which has no guidance at sampling time, "
+                f"but is {guidance_scale}."
             )
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, but is {batch_size}.")
-        if class_labels is not None and len(class_labels) != batch_size:
+        if isinstance(generator, list) and len(generator) != num_images:
             raise ValueError(
-                f"`class_labels` must be one label or as many as `batch_size` ({batch_size}), but are {len(class_labels)}."
+                f"`generator` must be one generator or a list of {num_images}, one per image, but has {len(generator)}."
             )
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"`generator` must be one generator or a list of {batch_size}, one per image, but has {len(generator)}."
-            )
-        shape = (batch_size, *self._sample_shape)
+        shape = (num_images, *self.sample_shape)
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"`latents` must have shape {shape}, but have {tuple(latents.shape)}.")
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
@@ -136,13 +137,7 @@ class OneStepPipeline(DiffusionPipeline):
                 f"`callback_on_step_end_tensor_inputs` must be of {self._callback_tensor_inputs}, but has {unknown}."
             )
 
-    @property
-    def _sample_shape(self) -> tuple[int, int, int]:
-        size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return self.unet.config.in_channels, height, width
-
-    def prepare_labels(self, class_labels: Labels | None, batch_size: int, images_per_label: int, generator: Any):
+    def prepare_labels(self, class_labels: Labels | None, batch_size: int, generator: Any) -> torch.Tensor | None:
         """`(batch_size,)` label ids: those asked for, or drawn uniformly; None for an unconditional student."""
         if self.num_labels is None:
             if class_labels is not None:
@@ -152,8 +147,12 @@ class OneStepPipeline(DiffusionPipeline):
             first = generator[0] if isinstance(generator, list) else generator
             device = first.device if first is not None else None
             return torch.randint(self.num_labels, (batch_size,), generator=first, device=device)
-        ids = label_ids(class_labels, self.num_labels, self.id2label).repeat_interleave(images_per_label)
-        return ids.expand(batch_size) if len(ids) == 1 else ids
+        ids = label_ids(class_labels, self.num_labels, self.id2label)
+        if len(ids) not in (1, batch_size):
+            raise ValueError(
+                f"`class_labels` must be one label or as many as `batch_size` ({batch_size}), but are {len(ids)}."
+            )
+        return ids.expand(batch_size)
 
     @torch.no_grad()
     def __call__(
@@ -172,7 +171,7 @@ class OneStepPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple:
         r"""
         Args:
-            batch_size (`int`, *optional*): Number of images; by default one per label.
+            batch_size (`int`, *optional*): Number of labels; by default as many as are given.
             class_labels (`int`, `str`, list of them or `torch.Tensor`, *optional*): Labels by id or name; drawn uniformly
                 if not given.
             num_images_per_prompt (`int`, *optional*, defaults to 1): Images per label.
@@ -193,24 +192,29 @@ class OneStepPipeline(DiffusionPipeline):
         """
         # 1. Check inputs
         if batch_size is None:
-            if latents is not None:
-                batch_size = latents.shape[0]
+            if isinstance(class_labels, (list, tuple, torch.Tensor)):
+                batch_size = len(class_labels)
             else:
-                one = class_labels is None or isinstance(class_labels, (int, str))
-                batch_size = (1 if one else len(class_labels)) * num_images_per_prompt
-        labels = self.prepare_labels(class_labels, batch_size, num_images_per_prompt, generator)
+                batch_size = 1 if latents is None else len(latents) // num_images_per_prompt
+        for name, value in (("batch_size", batch_size), ("num_images_per_prompt", num_images_per_prompt)):
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, but is {value}.")
+        num_images = batch_size * num_images_per_prompt
         self.check_inputs(
-            batch_size, labels, num_inference_steps, guidance_scale, generator, latents, callback_on_step_end_tensor_inputs
+            num_images, num_inference_steps, guidance_scale, generator, latents, callback_on_step_end_tensor_inputs
         )
         device = self._execution_device
-        cond = {} if labels is None else {"class_labels": labels.to(device)}
+        labels = self.prepare_labels(class_labels, batch_size, generator)
+        cond = {}
+        if labels is not None:
+            cond["class_labels"] = labels.to(device).repeat_interleave(num_images_per_prompt)
 
         # 2. Prepare timesteps
         self.scheduler.set_timesteps(num_inference_steps or self.student_steps or 1, device=device)
 
         # 3. Prepare latents
         if latents is None:
-            shape = (batch_size, *self._sample_shape)
+            shape = (num_images, *self.sample_shape)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
         latents = latents.to(device, self.unet.dtype) * self.scheduler.init_noise_sigma
 

@@ -1,0 +1,265 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from analytic import gaussian_denoiser
+from conftest import ROOT
+from safetensors.torch import load_file
+
+from diffusers_onestep import DMD, EDMSchedule, OneStepPipeline, SiD, train
+from diffusers_onestep.arguments import TrainArguments
+from diffusers_onestep.data import Batches, Conditions
+from diffusers_onestep.methods.base import Distiller, Paper
+from diffusers_onestep.trainer import Trainer, checkpoints, latest_checkpoint
+
+WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
+
+
+def script(name, *flags):
+    return [sys.executable, str(ROOT / "training" / name), *map(str, flags)]
+
+
+def sid_flags(teacher, output, steps=6, **other):
+    flags = {
+        "pretrained_teacher_model": teacher,
+        "output_dir": output,
+        "max_train_steps": steps,
+        "train_batch_size": 4,
+        "checkpointing_steps": 2,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+    } | other
+    return [part for key, value in flags.items() for part in (f"--{key}", str(value))]
+
+
+def run(command, **environment):
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="session")
+def unbroken(teacher_folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("unbroken")
+    run(script("train_sid.py", *sid_flags(teacher_folder, output)))
+    return output
+
+
+def test_a_run_leaves_a_student_that_makes_images(unbroken):
+    assert OneStepPipeline.from_pretrained(unbroken)(class_labels=[0, 2]).images[0].size == (16, 16)
+    assert (unbroken / "samples.png").is_file()
+    assert json.loads((unbroken / "training_args.json").read_text())["alpha"] == 1.2
+    lines = [json.loads(line) for line in (unbroken / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert {"loss/student", "loss/fake_score", "score_gap", "fake_score_lag"} <= lines[-1].keys()
+    assert [path.name for path in checkpoints(unbroken)] == ["step-000004", "step-000006"]
+
+
+def test_resumed_run_has_bit_identical_weights(unbroken, teacher_folder, tmp_path):
+    run(script("train_sid.py", *sid_flags(teacher_folder, tmp_path, steps=4)))
+    done = run(script("train_sid.py", *sid_flags(teacher_folder, tmp_path, resume_from_checkpoint="latest")))
+    assert "6/6" in done.stderr and "1/6" not in done.stderr
+    assert_same_weights(tmp_path, unbroken)
+
+
+def test_killed_run_resumes_and_its_folder_always_loads(unbroken, teacher_folder, tmp_path):
+    process = subprocess.Popen(
+        script("train_sid.py", *sid_flags(teacher_folder, tmp_path)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 120
+    while latest_checkpoint(tmp_path) is None and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    for path in checkpoints(tmp_path):
+        assert (path / "trainer_state.json").is_file() and (path / "optimizer.bin").is_file()
+    if (tmp_path / "model_index.json").is_file():
+        OneStepPipeline.from_pretrained(tmp_path)
+    run(script("train_sid.py", *sid_flags(teacher_folder, tmp_path, resume_from_checkpoint="latest")))
+    assert_same_weights(tmp_path, unbroken)
+
+
+def test_sigterm_writes_a_checkpoint_and_says_how_to_go_on(teacher_folder, tmp_path):
+    process = subprocess.Popen(
+        script("train_sid.py", *sid_flags(teacher_folder, tmp_path, steps=100_000, checkpointing_steps=100_000)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "log.jsonl").is_file() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, errors[-2000:]
+    assert "--resume_from_checkpoint latest" in output
+    step = json.loads((latest_checkpoint(tmp_path) / "trainer_state.json").read_text())["step"]
+    assert f"after step {step};" in output
+    OneStepPipeline.from_pretrained(tmp_path)
+
+
+def test_two_real_ranks_agree_with_one_process(teacher_folder, tmp_path):
+    """Same global batch of 4 as one process x 2 micro-batches x 2, and two ranks x 2."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    # an epsilon far above the gradients' noise, or Adam turns rounding into full steps
+    shared = {"steps": 2, "train_batch_size": 2, "adam_epsilon": 1.0}
+    run(script("train_sid.py", *sid_flags(teacher_folder, one, gradient_accumulation_steps=2, **shared)))
+    command = script("train_sid.py", *sid_flags(teacher_folder, two, **shared))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
+    run([*launcher, *command[1:]], ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
+    assert (latest_checkpoint(two) / "random_states_1.pkl").is_file()  # there really were two
+    start = load_file(teacher_folder / WEIGHTS)
+    results = [load_file(output / WEIGHTS) for output in (one, two)]
+    for key in start:
+        torch.testing.assert_close(*(result[key] for result in results), rtol=1e-3, atol=2e-6)
+    assert any((results[0][key] - start[key]).abs().max() > 1e-5 for key in start)
+
+
+def assert_same_weights(a, b):
+    first, second = load_file(a / WEIGHTS), load_file(b / WEIGHTS)
+    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+# in this process
+
+EDM = EDMSchedule()
+
+
+def arguments(folder, **other):
+    return TrainArguments(output_dir=str(folder), **({"train_batch_size": 64, "logging_steps": 1} | other))
+
+
+@pytest.mark.parametrize(
+    "method, rates, steps",
+    [
+        (SiD, {"learning_rate": 1e-2, "fake_score_learning_rate": 3e-2, "adam_beta1": 0.0}, 250),
+        (DMD, {"learning_rate": 1e-2, "fake_score_learning_rate": 3e-2, "adam_beta1": 0.0}, 250),
+    ],
+)
+def test_student_of_a_gaussian_teacher_takes_its_mean_and_std(tmp_path, method, rates, steps):
+    """The student starts with one step's collapsed spread and must find N(0.3, 0.5**2)."""
+    teacher = gaussian_denoiser(EDM, "edm", 0.3, 0.5)
+    options = {"alpha": 1.0} if method is SiD else {"start_ratio": 2.5}
+    distiller = method(teacher, sample_shape=(1, 4, 4), **options)
+    batch = {"batch_size": 1000, "cond": {}}
+    before = distiller.generate(batch).std().item()
+    train(distiller, Batches(Conditions(), 64), arguments(tmp_path, max_train_steps=steps, **rates))
+    x0 = distiller.generate(batch)
+    assert before < 0.15
+    assert x0.mean().item() == pytest.approx(0.3, abs=0.06)
+    assert x0.std().item() == pytest.approx(0.5, abs=0.06)
+    assert all(p.item() == pytest.approx(v) for p, v in zip(teacher.parameters(), (0.3, 0.5), strict=True))
+
+
+class Scripted(Distiller):
+    """Two linear networks and losses that a test can see through."""
+
+    paper = Paper("", "", "")
+
+    def __init__(self, losses=None, moves_at_once=True):
+        self.student = gaussian_denoiser(EDM, "edm")
+        self.critic = torch.nn.Linear(1, 1)
+        self.losses, self.seen, self.moves_at_once = losses, [], moves_at_once
+        self.sample_shape = (1, 1, 1)
+
+    @property
+    def trainable(self):
+        return {"student": self.student.network, "fake_score": self.critic}
+
+    def updates(self, batch, generator=None):
+        self.seen.append((batch["step"], [g.initial_seed() for g in generator], batch["cond"]))
+        for name in ("fake_score", "fake_score", "student"):
+            parameter = next(self.trainable[name].parameters())
+            before = parameter.detach().clone()
+            value = self.losses[batch["step"]] if self.losses else 1.0
+            yield name, (parameter * value).sum() * batch.get("scale", 1.0)
+            if self.moves_at_once:  # the loop steps before it asks again
+                assert not torch.equal(parameter.detach(), before)
+
+
+def batches_of(**other):
+    while True:
+        yield {"batch_size": 2, "cond": {}, **other}
+
+
+def test_the_loop_steps_before_it_asks_again_and_accumulation_counts_optimiser_steps(tmp_path):
+    distiller = Scripted()
+    train(distiller, batches_of(), arguments(tmp_path, max_train_steps=3, gradient_accumulation_steps=2))
+    assert [step for step, _, _ in distiller.seen] == [0, 0, 1, 1, 2, 2]
+    seeds = [seed for _, seeds, _ in distiller.seen for seed in seeds]
+    assert len(set(seeds)) == len(seeds) == 12
+    state = json.loads((latest_checkpoint(tmp_path) / "trainer_state.json").read_text())
+    assert state["step"] == 3 and state["images_seen"] == 12
+
+
+def test_non_finite_loss_names_everything(tmp_path):
+    distiller = Scripted(losses=[1.0, 1.0, float("nan")])
+    with pytest.raises(FloatingPointError) as error:
+        train(distiller, batches_of(), arguments(tmp_path, max_train_steps=5, checkpointing_steps=2))
+    message = str(error.value)
+    for part in ("Scripted", "'fake_score'", "nan", "step 2", "step-000002"):
+        assert part in message
+
+
+def test_interrupted_checkpoint_is_absent(tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusers_onestep.trainer.write_json", _write_args_then_break)
+    with pytest.raises(OSError, match="disk full"):
+        train(Scripted(), batches_of(), arguments(tmp_path, max_train_steps=2))
+    assert checkpoints(tmp_path) == []
+    monkeypatch.undo()
+    train(Scripted(), batches_of(), arguments(tmp_path, max_train_steps=2, resume_from_checkpoint="latest"))
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000002"]
+
+
+def _write_args_then_break(path, content):
+    if path.name == "trainer_state.json":
+        raise OSError("disk full")
+
+
+def test_clipping_warm_up_and_rates(tmp_path):
+    args = arguments(
+        tmp_path, max_grad_norm=0.5, lr_scheduler="constant_with_warmup", lr_warmup_steps=10, learning_rate=1.0,
+        fake_score_learning_rate=0.1, max_train_steps=5,
+    )  # fmt: skip
+    trainer = Trainer(Scripted(moves_at_once=False), args)  # warm-up starts at rate 0
+    trainer.run(batches_of(scale=100.0))
+    rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in trainer.optimizers.items()}
+    assert rates == pytest.approx({"student": 0.5, "fake_score": 0.05})
+    assert trainer.max_grad_norm == 0.5
+
+
+def test_missing_tracker_and_bad_arguments_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"`report_to` must name installed trackers, but is 'trackio'"):
+        Trainer(Scripted(), arguments(tmp_path, report_to="trackio"))
+    with pytest.raises(ValueError, match=r"`train_batch_size` must be at least 1, but is 0"):
+        arguments(tmp_path, train_batch_size=0)
+    with pytest.raises(ValueError, match=r"`mixed_precision` must be"):
+        arguments(tmp_path, mixed_precision="int8")
+    with pytest.raises(ValueError, match=r"`global_batch_size` must be a multiple"):
+        Trainer(Scripted(), arguments(tmp_path, global_batch_size=100, train_batch_size=64))
+    with pytest.raises(ValueError, match=r"`resume_from_checkpoint` must be"):
+        train(Scripted(), batches_of(), arguments(tmp_path, resume_from_checkpoint="nowhere"))
+
+
+def test_tensorboard_gets_the_numbers(tmp_path):
+    train(Scripted(), batches_of(), arguments(tmp_path, max_train_steps=2, report_to="tensorboard"))
+    assert list((tmp_path / "logs").rglob("events.*"))
+
+
+def test_global_batch_size_sets_the_accumulation(tmp_path):
+    trainer = Trainer(Scripted(), arguments(tmp_path, global_batch_size=256, train_batch_size=64))
+    assert trainer.args.gradient_accumulation_steps == 4
+
+
+def test_bf16_keeps_float32_weights_and_trains_the_student(teacher_folder, tmp_path):
+    run(script("train_sid.py", *sid_flags(teacher_folder, tmp_path, steps=2, mixed_precision="bf16")))
+    weights, start = load_file(tmp_path / WEIGHTS), load_file(teacher_folder / WEIGHTS)
+    assert all(w.dtype == torch.float32 for w in weights.values())
+    moved = [k for k in start if not torch.equal(weights[k], start[k])]
+    assert len(moved) > 0.9 * len(start)
