@@ -20,7 +20,10 @@ _PUBLIC = {
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 # diffusers' loader looks for these two on the library that a repository names
-_LOADER_BASES = {"ModelMixin": "diffusers.models.modeling_utils", "SchedulerMixin": "diffusers.schedulers.scheduling_utils"}
+_LOADER_BASES = {
+    "ModelMixin": "diffusers.models.modeling_utils",
+    "SchedulerMixin": "diffusers.schedulers.scheduling_utils",
+}
 
 __all__ = sorted(_MODULE_OF)
 

@@ -35,9 +35,13 @@ class TrainArguments:
     checkpointing_steps: int = field(default=500, metadata={"help": "Write a checkpoint every so many steps."})
     checkpoints_total_limit: int | None = field(default=2, metadata={"help": "Keep only the newest ones."})
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "'latest' or a checkpoint's folder."})
-    validation_steps: int = field(default=0, metadata={"help": "Write samples.png every so many steps; 0: at the end."})
+    validation_steps: int = field(
+        default=0, metadata={"help": "Write samples.png every so many steps; 0: at the end."}
+    )
     logging_steps: int = field(default=10, metadata={"help": "Write log.jsonl and trackers every so many steps."})
-    report_to: str | None = field(default=None, metadata={"help": "tensorboard, wandb, trackio, or several with commas."})
+    report_to: str | None = field(
+        default=None, metadata={"help": "tensorboard, wandb, trackio, or several with commas."}
+    )
     cpu_threads: int | None = field(default=None, metadata={"help": "torch.set_num_threads, if given."})
 
     def __post_init__(self):

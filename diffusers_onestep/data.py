@@ -10,7 +10,8 @@ from accelerate import Accelerator
 
 
 class Samples(Protocol):
-    """A data set that answers a list of places with a batch: `"x0"`, `"noise"`, `"target"` as it has them, and `"cond"`."""
+    """A data set that answers a list of places with a batch: `"x0"`, `"noise"`, `"target"` as it has them, and
+    `"cond"`."""
 
     def __len__(self) -> int: ...
 
@@ -20,8 +21,8 @@ class Samples(Protocol):
 class Batches:
     """Endless batches in a new random order each epoch.
 
-    Sample number `n` of a run (counted over steps, micro-batches and ranks) is place `n % len` of the permutation of epoch
-    `n // len`: so any step can be started at once, and the global batch does not depend on how it is split.
+    Sample number `n` of a run (counted over steps, micro-batches and ranks) is place `n % len` of the permutation of
+    epoch `n // len`: so any step can be started at once, and the global batch does not depend on how it is split.
 
     Args:
         samples (`Samples`): the data set.
@@ -85,8 +86,8 @@ def load_images(dataset: str, split: str = "train") -> LabelledImages:
     """Read images with labels into memory.
 
     Args:
-        dataset (`str`): an `.npz` with `images_SPLIT` `(N, H, W[, C])` uint8, `labels_SPLIT` and `class_names`; or a data set
-            that `datasets.load_dataset` knows, with an image and, if it has labels, a `ClassLabel` column.
+        dataset (`str`): an `.npz` with `images_SPLIT` `(N, H, W[, C])` uint8, `labels_SPLIT` and `class_names`; or a
+            data set that `datasets.load_dataset` knows, with an image and, if it has labels, a `ClassLabel` column.
         split (`str`, *optional*, defaults to `"train"`): `"train"` or `"test"`.
 
     Raises:
@@ -156,7 +157,9 @@ def write_pairs(rows: Iterator[dict[str, torch.Tensor]], folder: Path, sample_sh
             columns[key].append(value.numpy())
     beside = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(beside, ignore_errors=True)
-    Dataset.from_dict({k: v if k in tensors else [int(n) for n in v] for k, v in columns.items()}, features).save_to_disk(beside)
+    Dataset.from_dict(
+        {k: v if k in tensors else [int(n) for n in v] for k, v in columns.items()}, features
+    ).save_to_disk(beside)
     beside.rename(folder)
 
 

@@ -55,8 +55,8 @@ def scale_input(schedule: NoiseSchedule, prediction_type: str, x_t: torch.Tensor
 class Denoiser(nn.Module):
     """A diffusion network seen as an `x0` predictor: `x0 = c_skip * x_t + c_out * network(scaled x_t, t, **cond)`.
 
-    The network is called in its own dtype; all other arithmetic is float32 (float64 for float64 samples), and the result has
-    the dtype of `x_t`. Nothing is clipped, so gradients flow through.
+    The network is called in its own dtype; all other arithmetic is float32 (float64 for float64 samples), and the
+    result has the dtype of `x_t`. Nothing is clipped, so gradients flow through.
 
     Args:
         network (`nn.Module`): called as `network(x_t, t, **cond)`; returns a tensor, a tuple or a diffusers output.
@@ -65,7 +65,8 @@ class Denoiser(nn.Module):
         prediction_type (`str`): `"epsilon"`, `"v_prediction"`, `"sample"`, `"flow_prediction"` or `"edm"`.
 
     Raises:
-        ValueError: if `prediction_type` is unknown, or is `"epsilon"` on a schedule without signal at its noisiest step.
+        ValueError: if `prediction_type` is unknown, or is `"epsilon"` on a schedule without signal at its noisiest
+        step.
 
     Example:
 
@@ -73,7 +74,8 @@ class Denoiser(nn.Module):
     >>> from diffusers import DDPMPipeline
     >>> from diffusers_onestep import Denoiser, NoiseSchedule
     >>> pipe = DDPMPipeline.from_pretrained("google/ddpm-cifar10-32")
-    >>> denoiser = Denoiser(pipe.unet, NoiseSchedule.from_scheduler(pipe.scheduler), pipe.scheduler.config.prediction_type)
+    >>> schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
+    >>> denoiser = Denoiser(pipe.unet, schedule, pipe.scheduler.config.prediction_type)
     ```
     """
 
@@ -113,7 +115,8 @@ class Denoiser(nn.Module):
         dtype = next((p.dtype for p in self.network.parameters() if p.is_floating_point()), sample.dtype)
         kwargs: dict[str, Any] = {k: v.to(dtype) if v.is_floating_point() else v for k, v in (cond or {}).items()}
         t = t.expand(sample.shape[0])
-        # one autocast region per call: a longer one would hand weights cast under no_grad to a call that needs gradients
+        # one autocast region per call: a longer one would hand weights cast under no_grad to a call that needs
+        # gradients
         with torch.autocast(sample.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             if self._timestep_by_name:
                 output = self.network(sample.to(dtype), timestep=t, **kwargs)
@@ -129,7 +132,8 @@ class Denoiser(nn.Module):
         return (alpha.to(dtype) * x0 + sigma.to(dtype) * noise).to(x0.dtype)
 
     def weight(self, t: torch.Tensor) -> torch.Tensor:
-        """`1 / c_out**2`, `(B, 1, 1, 1)` in float32: `weight * (x0_pred - x0)**2` is the network's own training loss."""
+        """`1 / c_out**2`, `(B, 1, 1, 1)` in float32: `weight * (x0_pred - x0)**2` is the network's own training
+        loss."""
         _, c_out = x0_coefficients(self.schedule, self.prediction_type, t)
         return (1 / c_out**2).float()
 
@@ -137,8 +141,8 @@ class Denoiser(nn.Module):
 class GuidedDenoiser(nn.Module):
     """Classifier-free guidance as a denoiser: `uncond + guidance_scale * (cond - uncond)` (Ho & Salimans 2022, Eq. 6).
 
-    Guiding `x0` equals guiding the model output, because `x0` is affine in it. One network call on the doubled batch; with
-    `guidance_scale` 1.0 one call on the plain batch, and with 0.0 one on the negative condition.
+    Guiding `x0` equals guiding the model output, because `x0` is affine in it. One network call on the doubled batch;
+    with `guidance_scale` 1.0 one call on the plain batch, and with 0.0 one on the negative condition.
 
     Args:
         denoiser (`Denoiser`): the conditional and unconditional model in one.
@@ -184,7 +188,9 @@ class GuidedDenoiser(nn.Module):
         if self.guidance_scale == 0.0:
             return predict(x, t, negative)
         if not cond or cond.keys() != negative.keys():
-            raise ValueError(f"`cond` must have the keys {sorted(negative)} of `negative_cond`, but has {sorted(cond or {})}.")
+            raise ValueError(
+                f"`cond` must have the keys {sorted(negative)} of `negative_cond`, but has {sorted(cond or {})}."
+            )
         both = {k: torch.cat([negative[k], cond[k]]) for k in cond}
         uncond, conditional = predict(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
         return uncond + self.guidance_scale * (conditional - uncond)

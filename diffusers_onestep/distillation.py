@@ -8,7 +8,8 @@ import torch
 
 from .arguments import TrainArguments
 from .denoiser import Denoiser
-from .evaluation import comparison_grid
+from .evaluation import comparison_grid, evaluate
+from .features import FashionCNN
 from .methods.base import Batch
 from .methods.score import ScoreDistiller
 from .repository import write_repository
@@ -31,6 +32,10 @@ class DistillationArguments(TrainArguments):
         default=None, metadata={"help": "Timesteps themselves, noisiest first; several: a few-step student."}
     )
     student_init: str | None = field(default=None, metadata={"help": "Model that the student starts as."})
+    validation_samples: int = field(
+        default=0,
+        metadata={"help": "Samples of a live distance at each validation; 1x32x32 images only (FD-fashion)."},
+    )
     fake_score_updates: int = field(default=1, metadata={"help": "Fake-score updates per student update."})
 
     def load_teacher(self) -> Teacher:
@@ -51,13 +56,19 @@ def train_student(distiller: ScoreDistiller, batches: Iterable[Batch], args: Dis
             teacher.student_pipeline(network, distiller.student_timesteps, distiller.init_noise_sigma), folder
         )
 
-    def validate(folder: Path) -> None:
+    def validate(folder: Path) -> dict[str, float]:
         device = next(network.parameters()).device
 
         def sample(noise, cond):
             return distiller.sample(noise.to(device), {k: v.to(device) for k, v in cond.items()})
 
         comparison_grid(teacher, sample, folder / "samples.png", seed=args.seed)
+        if not args.validation_samples or teacher.sample_shape != FashionCNN.input_shape:
+            return {}
+        pipeline = teacher.student_pipeline(network, distiller.student_timesteps, distiller.init_noise_sigma)
+        # other noises than those of the evaluation that is reported
+        row = evaluate(pipeline, name="student", num_samples=args.validation_samples, seed=args.seed + 1000)
+        return {"distance": row.value}
 
     torch.manual_seed(args.seed)
     train(distiller, batches, args, save=save, validate=validate)

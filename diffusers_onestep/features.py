@@ -13,6 +13,7 @@ class FashionCNN(nn.Module):
     """The Fashion-MNIST classifier behind `FD-fashion`: uint8 grey `(N, 1, 32, 32)` to 128 features and 10 logits."""
 
     name = "FD-fashion"
+    input_shape = (1, 32, 32)
 
     def __init__(self):
         super().__init__()
@@ -37,7 +38,7 @@ class FashionCNN(nn.Module):
     @torch.no_grad()
     def forward(self, pixels: torch.Tensor, batch_size: int = 500) -> tuple[torch.Tensor, torch.Tensor]:
         """Features `(N, 128)` and logits `(N, 10)` of uint8 `pixels` `(N, 1, 32, 32)`."""
-        if pixels.dtype != torch.uint8 or pixels.shape[1:] != (1, 32, 32):
+        if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) != self.input_shape:
             raise ValueError(f"`pixels` must be uint8 (N, 1, 32, 32), but are {pixels.dtype} {tuple(pixels.shape)}.")
         parts = [self.body(part.float() / 127.5 - 1).mean((2, 3)) for part in pixels.split(batch_size)]
         features = torch.cat(parts)

@@ -20,8 +20,8 @@ def sample(
 ) -> torch.Tensor:
     """Solve the teacher's ODE from unit-variance `noise` `(B, C, H, W)` with a stock scheduler; returns `x0`.
 
-    A variance-preserving scheduler without deterministic steps of its own (DDPM) is replaced by DDIM on the same config
-    (Song et al. 2021, Eq. 12), with trailing timesteps so that the first one is the noisiest.
+    A variance-preserving scheduler without deterministic steps of its own (DDPM) is replaced by DDIM on the same
+    config (Song et al. 2021, Eq. 12), with trailing timesteps so that the first one is the noisiest.
     """
     if isinstance(denoiser.schedule, VPSchedule) and type(scheduler).__name__ == "DDPMScheduler":
         scheduler = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")

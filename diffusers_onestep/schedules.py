@@ -1,6 +1,7 @@
 """Noise schedules: what `alpha` and `sigma` are at a timestep, read from any diffusers scheduler.
 
-`x_t = alpha * x0 + sigma * noise`, with `t` in the unit of the teacher's diffusers scheduler and growing with the noise.
+`x_t = alpha * x0 + sigma * noise`, with `t` in the unit of the teacher's diffusers scheduler and growing with the
+noise.
 """
 
 import math
@@ -44,8 +45,8 @@ class NoiseSchedule(ABC):
 
     @abstractmethod
     def alpha_sigma(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`alpha` and `sigma`, each `(B, 1, 1, 1)`, at timesteps `t` `(B,)`: computed in float64, returned in the dtype
-        of `t` if that is floating, else in float32."""
+        """`alpha` and `sigma`, each `(B, 1, 1, 1)`, at timesteps `t` `(B,)`: computed in float64, returned in the
+        dtype of `t` if that is floating, else in float32."""
 
     @abstractmethod
     def timestep(self, ratio: torch.Tensor | float) -> torch.Tensor:
@@ -117,7 +118,11 @@ class EDMSchedule(NoiseSchedule):
     """EDM: `alpha = 1`, `sigma` is the noise level and `t = 0.25 * ln(sigma)` (Karras et al. 2022, Table 1)."""
 
     def __init__(
-        self, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5, num_train_timesteps: int = 1000
+        self,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        sigma_data: float = 0.5,
+        num_train_timesteps: int = 1000,
     ):
         self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
         self.num_train_timesteps = num_train_timesteps
@@ -134,10 +139,8 @@ class EDMSchedule(NoiseSchedule):
         return self.timestep(karras_sigma(index / (self.num_train_timesteps - 1), self.sigma_min, self.sigma_max))
 
 
-def karras_sigma(
-    u: torch.Tensor, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
-) -> torch.Tensor:
-    """Noise level at `u` in [0, 1], ascending: `(sigma_min**(1/rho) + u * (sigma_max**(1/rho) - sigma_min**(1/rho)))**rho`
-    (Karras et al. 2022, Eq. 5, counted from the other end)."""
+def karras_sigma(u: torch.Tensor, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> torch.Tensor:
+    """Noise level at `u` in [0, 1], ascending: `(sigma_min**(1/rho) + u * (sigma_max**(1/rho) -
+    sigma_min**(1/rho)))**rho` (Karras et al. 2022, Eq. 5, counted from the other end)."""
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return (low + torch.as_tensor(u).double() * (high - low)) ** rho

@@ -1,4 +1,5 @@
-"""A pretrained diffusers pipeline as a teacher: its denoiser, its conditions, and the repository its student becomes."""
+"""A pretrained diffusers pipeline as a teacher: its denoiser, its conditions, and the repository its student
+becomes."""
 
 import os
 from collections.abc import Sequence
@@ -22,7 +23,8 @@ class Teacher:
     """What a student learns from. Build it with `from_pretrained`.
 
     Args:
-        pipeline (`DiffusionPipeline`): a pixel pipeline of a `unet` and a `scheduler`, unconditional or by class label.
+        pipeline (`DiffusionPipeline`): a pixel pipeline of a `unet` and a `scheduler`, unconditional or by class
+            label.
         id2label (`dict[int, str]`, *optional*): names of the class labels; by default those of the network's config.
 
     Attributes:
@@ -35,7 +37,8 @@ class Teacher:
     ```python
     >>> from diffusers_onestep import Teacher
     >>> teacher = Teacher.from_pretrained("fashion32")
-    >>> images = teacher.sample(torch.randn(8, *teacher.sample_shape), teacher.encode(["Bag"] * 8), num_inference_steps=50)
+    >>> noise = torch.randn(8, *teacher.sample_shape)
+    >>> images = teacher.sample(noise, teacher.encode(["Bag"] * 8), num_inference_steps=50)
     ```
     """
 

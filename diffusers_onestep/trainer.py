@@ -1,11 +1,13 @@
 """`train()`: the one Accelerate loop for every method, with EMA, checkpoints, resume, samples and trackers.
 
-A step is one student update. Randomness comes from one generator per sample, seeded by (seed, step, place in the global
-batch): a resumed run repeats the draws exactly, and they do not depend on how a batch is split over ranks and micro-batches.
+A step is one student update. Randomness comes from one generator per sample, seeded by (seed, step, place in the
+global batch): a resumed run repeats the draws exactly, and they do not depend on how a batch is split over ranks and
+micro-batches.
 """
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -30,10 +32,12 @@ from .methods.base import Batch, Distiller
 
 logger = get_logger(__name__)
 
+_STATE = ("step", "images_seen", "train_seconds", "best_distance")  # what trainer_state.json holds
+
 
 class HalfLifeEMA(EMAModel):
-    """Exponential moving average with a half-life in images: `beta = 0.5**(batch / min(halflife, rampup * images_seen))`
-    (Karras et al. 2020; SiD, training loop). The first update copies the parameters."""
+    """Exponential moving average with a half-life in images: `beta = 0.5**(batch / min(halflife, rampup *
+    images_seen))` (Karras et al. 2020; SiD, training loop). The first update copies the parameters."""
 
     def __init__(self, parameters, halflife_images: float, rampup_ratio: float):
         super().__init__(parameters, decay=1.0, foreach=True)
@@ -67,18 +71,19 @@ def train(
     args: TrainArguments,
     *,
     save: Callable[[Path], None] | None = None,
-    validate: Callable[[Path], None] | None = None,
+    validate: Callable[[Path], dict[str, float]] | None = None,
 ) -> None:
     """Train `distiller.trainable` for `args.max_train_steps` student updates.
 
     Args:
         distiller (`Distiller`): the method.
         batches (iterable of `dict`): endless micro-batches for this process. An object with
-            `start(step, accelerator, gradient_accumulation_steps)` is asked for its iterator from there; any other iterable is
-            advanced past what an earlier run has used.
+            `start(step, accelerator, gradient_accumulation_steps)` is asked for its iterator from there; any other
+            iterable is advanced past what an earlier run has used.
         args (`TrainArguments`): settings of the loop.
         save (callable, *optional*): writes the student, whose averaged weights are in place, into a folder.
-        validate (callable, *optional*): writes sample pictures into a folder.
+        validate (callable, *optional*): writes sample pictures into a folder and returns numbers to log; the student
+            with the lowest `"distance"` among them is kept in `output_dir/best`.
 
     Raises:
         FloatingPointError: when a loss is not finite; names method, network, step and the last good checkpoint.
@@ -113,6 +118,7 @@ class Trainer:
             args.gradient_accumulation_steps = args.global_batch_size // micro_batch
         set_seed(args.seed)
         self.step, self.images_seen, self.train_seconds = 0, 0, 0.0
+        self.best_distance = math.inf
         self._stop_signal = None
         self._prepare()
 
@@ -126,8 +132,8 @@ class Trainer:
                     part.autocast_dtype = dtype
         self.optimizers, self.lr_schedulers, self.parameters = {}, {}, {}
         for name, network in self.distiller.trainable.items():
-            # evaluation mode: no DDP wrapper. Gradients of frozen networks flow in some phases and several forwards share
-            # one backward, so the loop averages gradients itself.
+            # evaluation mode: no DDP wrapper. Gradients of frozen networks flow in some phases and several forwards
+            # share one backward, so the loop averages gradients itself.
             accelerator.prepare_model(network, evaluation_mode=True)
             self.parameters[name] = list(network.parameters())
             rate = args.learning_rate
@@ -181,21 +187,23 @@ class Trainer:
                     bar.set_postfix({k: f"{v:.4g}" for k, v in losses.items()})
                     self.log(losses)
                 stopping = self.stopping()
-                if stopping or self.step % args.checkpointing_steps == 0 or self.step == args.max_train_steps:
-                    self.save_checkpoint()
-                if args.validation_steps and self.step % args.validation_steps == 0:
+                last = self.step == args.max_train_steps
+                if last or (args.validation_steps and self.step % args.validation_steps == 0):
                     self.write_samples()
+                if stopping or last or self.step % args.checkpointing_steps == 0:
+                    self.save_checkpoint()
                 if stopping:
                     self.leave(stopping)
         bar.close()
-        self.write_samples()
         accelerator.end_training()
 
     def train_step(self, micro_batches: list[Batch]) -> dict[str, float]:
         """One student update and all that belongs to it; returns the mean loss of each network."""
         count = len(micro_batches)
         runs = [
-            self.distiller.updates(self.to_device(batch) | {"step": self.step}, self.generators(number, batch["batch_size"]))
+            self.distiller.updates(
+                self.to_device(batch) | {"step": self.step}, self.generators(number, batch["batch_size"])
+            )
             for number, batch in enumerate(micro_batches)
         ]
         losses: dict[str, list[torch.Tensor]] = {}
@@ -304,7 +312,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(beside))
         if self.accelerator.is_main_process:
-            state = {"step": self.step, "images_seen": self.images_seen, "train_seconds": self.train_seconds}
+            state = {name: getattr(self, name) for name in _STATE}
             write_json(beside / "trainer_state.json", state)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
@@ -329,8 +337,8 @@ class Trainer:
             raise ValueError(f"`resume_from_checkpoint` must be 'latest' or a complete checkpoint, but is {wanted!r}.")
         self.accelerator.load_state(str(path))
         state = json.loads((path / "trainer_state.json").read_text())
-        self.step, self.images_seen = state["step"], state["images_seen"]
-        self.train_seconds = state["train_seconds"]
+        for name in _STATE:
+            setattr(self, name, state[name])
 
     # what a person looks at
 
@@ -352,17 +360,24 @@ class Trainer:
     def write_samples(self) -> None:
         if self.validate is not None and self.accelerator.is_main_process:
             with self.averaged(), torch.no_grad():
-                self.validate(self.output_dir)
+                values = self.validate(self.output_dir)
+                if values.get("distance", math.inf) < self.best_distance and self.save_student is not None:
+                    self.best_distance = values["distance"]
+                    self.save_student(self.output_dir / "best")
+            self.write_log(values)
         self.accelerator.wait_for_everyone()
 
     def log(self, losses: dict[str, float]) -> None:
         values = {f"loss/{name}": value for name, value in losses.items()}
         values |= {name: float(value) for name, value in self.distiller.diagnostics.items()}
-        self.accelerator.log(values, step=self.step)
         if self.accelerator.is_main_process:
-            line = {"step": self.step, "images": self.images_seen, "seconds": round(self.train_seconds, 1)} | values
-            with open(self.output_dir / "log.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+            self.write_log(values)
+
+    def write_log(self, values: dict[str, float]) -> None:
+        self.accelerator.log(values, step=self.step)
+        line = {"step": self.step, "images": self.images_seen, "seconds": round(self.train_seconds, 1)} | values
+        with open(self.output_dir / "log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def average_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parameter]) -> None:

@@ -304,7 +304,10 @@ def test_flow_teacher_starts_at_pure_noise():
     [
         ({"fake_score_updates": 0}, r"`fake_score_updates` must be at least 1, but is 0"),
         ({"student_timesteps": [249, 999]}, r"`student_timesteps` must fall"),
-        ({"regression_weight": 1.0, "regression_loss": "ssim"}, r"`regression_loss` must be 'lpips', .* but is 'ssim'"),
+        (
+            {"regression_weight": 1.0, "regression_loss": "ssim"},
+            r"`regression_loss` must be 'lpips', .* but is 'ssim'",
+        ),
     ],
 )
 def test_bad_options_name_what_is_allowed(options, message):

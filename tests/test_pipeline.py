@@ -112,7 +112,9 @@ def test_saved_student_gives_the_same_image_in_both_pipelines(tmp_path, sigma, l
 
 def test_few_step_student_in_both_pipelines(tmp_path):
     timesteps = [999, 749, 499, 249]
-    OneStepPipeline(tiny_unet(), student_scheduler(DDPMScheduler(), "epsilon", timesteps, 1.0)).save_pretrained(tmp_path)
+    OneStepPipeline(tiny_unet(), student_scheduler(DDPMScheduler(), "epsilon", timesteps, 1.0)).save_pretrained(
+        tmp_path
+    )
     ours, stock = OneStepPipeline.from_pretrained(tmp_path), DiffusionPipeline.from_pretrained(tmp_path)
     calls = []
     ours.unet.register_forward_hook(lambda *_: calls.append(1))

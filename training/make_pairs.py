@@ -44,7 +44,10 @@ def main(args: PairArguments) -> None:
                 num_inference_steps=args.num_inference_steps,
                 guidance_scale=args.guidance_scale,
             ).cpu()
-            yield from ({"noise": n, "target": x} | {k: v[i].cpu() for k, v in cond.items()} for i, (n, x) in enumerate(zip(noise, target, strict=True)))
+            yield from (
+                {"noise": n, "target": x} | {k: v[i].cpu() for k, v in cond.items()}
+                for i, (n, x) in enumerate(zip(noise, target, strict=True))
+            )
 
     write_pairs(rows(), Path(args.output_dir), teacher.sample_shape)
 

@@ -1,6 +1,6 @@
 """Compute and store the reference statistics behind FD-fashion.
 
-    python training/make_reference.py --dataset fashion32.npz --split test --output fashion_test.safetensors
+python training/make_reference.py --dataset fashion32.npz --split test --output fashion_test.safetensors
 """
 
 import argparse

@@ -3,8 +3,8 @@
     accelerate launch training/train_dmd.py --pretrained_teacher_model fashion32 --output_dir fashion32-dmd \\
         --pairs fashion32-pairs --regression_weight 0.25 --regression_loss pseudo-huber
 
-`--pairs` are made by `make_pairs.py`. DMD2 needs none: `--fake_score_updates 5`, and `--gan_weight 3e-3 --dataset ...` for
-its GAN branch on real images.
+`--pairs` are made by `make_pairs.py`. DMD2 needs none: `--fake_score_updates 5`, and `--gan_weight 3e-3 --dataset
+...` for its GAN branch on real images.
 """
 
 from dataclasses import dataclass, field

@@ -1,6 +1,6 @@
 """Distil a teacher into a one-step student without data: score identity distillation (arXiv:2404.04057).
 
-    accelerate launch training/train_sid.py --pretrained_teacher_model fashion32 --output_dir fashion32-sid
+accelerate launch training/train_sid.py --pretrained_teacher_model fashion32 --output_dir fashion32-sid
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +17,8 @@ class SiDArguments(DistillationArguments):
     alpha: float = field(default=1.2, metadata={"help": "Of the loss; the paper has 1.0 and 1.2."})
     start_ratio: float | None = 2.5
     noise_levels: str | None = field(
-        default=None, metadata={"help": "karras, uniform or logit_normal; default: the paper's for the teacher's schedule."}
+        default=None,
+        metadata={"help": "karras, uniform or logit_normal; default: the paper's for the teacher's schedule."},
     )
     loss_scale: float = field(default=100.0, metadata={"help": "Factor on the student's loss."})
     sequential: bool = field(default=False, metadata={"help": "One score network's activations at a time."})

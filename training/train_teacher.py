@@ -1,6 +1,6 @@
 """Train a small class-conditional pixel teacher, such as the shipped `fashion32`.
 
-    accelerate launch training/train_teacher.py --recipe fashion32 --dataset fashion32.npz --output_dir fashion32
+accelerate launch training/train_teacher.py --recipe fashion32 --dataset fashion32.npz --output_dir fashion32
 """
 
 from dataclasses import dataclass, field
@@ -59,11 +59,14 @@ def main(args: TeacherArguments) -> None:
         # the stock pipeline that hands class labels to a U-Net, whatever the scheduler
         write_repository(ConsistencyModelPipeline(network, scheduler), folder)
 
-    def validate(folder: Path) -> None:
+    def validate(folder: Path) -> dict[str, float]:
         generator = torch.Generator().manual_seed(args.seed)
         noise = torch.randn(4 * classes, *student_shape, generator=generator)
         cond = {"class_labels": torch.arange(classes).repeat(4)}
-        save_grid(picture(sample(student, scheduler, noise, cond, num_inference_steps=50)), folder / "samples.png", classes)
+        save_grid(
+            picture(sample(student, scheduler, noise, cond, num_inference_steps=50)), folder / "samples.png", classes
+        )
+        return {}
 
     student_shape = distiller.sample_shape
     train(distiller, Batches(images, args.train_batch_size, args.seed), args, save=save, validate=validate)

@@ -60,8 +60,8 @@ def copy_denoiser(denoiser: Denoiser | GuidedDenoiser) -> Denoiser:
 class Distiller(ABC):
     """A method: networks to train, and the paper's algorithm box as a generator of losses.
 
-    `updates(batch)` yields `(name, loss)`; the loop steps network `name` before it asks for the next loss. With gradient
-    accumulation the loop runs one such generator per micro-batch in lock step.
+    `updates(batch)` yields `(name, loss)`; the loop steps network `name` before it asks for the next loss. With
+    gradient accumulation the loop runs one such generator per micro-batch in lock step.
     """
 
     paper: Paper

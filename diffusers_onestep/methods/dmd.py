@@ -16,11 +16,12 @@ from .score import ScoreDistiller
 def distribution_matching_loss(x0: torch.Tensor, teacher_x0: torch.Tensor, fake_x0: torch.Tensor) -> torch.Tensor:
     """`0.5 * mean((x0 - stopgrad(x0 - g))**2)` with `g = (fake_x0 - teacher_x0) / mean|x0 - teacher_x0|` per sample.
 
-    Its gradient in `x0` is `g / x0.numel()` exactly; none flows into the other two. The value, half the mean of `g**2`, says
-    nothing about convergence. The normaliser has a floor of 1e-5.
+    Its gradient in `x0` is `g / x0.numel()` exactly; none flows into the other two. The value, half the mean of
+    `g**2`, says nothing about convergence. The normaliser has a floor of 1e-5.
 
     Args:
-        x0, teacher_x0, fake_x0 (`torch.Tensor`): `(B, ...)`: student's sample and its two denoisings at one `(x_t, t)`.
+        x0, teacher_x0, fake_x0 (`torch.Tensor`): `(B, ...)`: student's sample and its two denoisings at one `(x_t,
+            t)`.
 
     Source: Yin et al. 2024 (DMD), Eqs. 7 and 8 and Algorithm 2, whose weight lacks Eq. 8's `1 / alpha`.
     """
@@ -46,8 +47,8 @@ def gan_losses(real_logits: torch.Tensor | None, fake_logits: torch.Tensor) -> t
 
 
 class GANHead(nn.Module):
-    """Bottleneck features `(B, C, h, w)` to one logit `(B, 1)`: stride-2 convolutions down to 4 x 4, then one of kernel 4
-    (Yin et al. 2024 (DMD2), App. F.1). Features are cast to float32 first."""
+    """Bottleneck features `(B, C, h, w)` to one logit `(B, 1)`: stride-2 convolutions down to 4 x 4, then one of
+    kernel 4 (Yin et al. 2024 (DMD2), App. F.1). Features are cast to float32 first."""
 
     def __init__(self, channels: int, size: int):
         super().__init__()
@@ -71,9 +72,13 @@ class Bottleneck:
 
     def __init__(self, network: nn.Module):
         named = dict(network.named_modules())
-        middle = next((m for name, m in named.items() if name.rpartition(".")[2] == "mid_block" and m is not None), None)
+        middle = next(
+            (m for name, m in named.items() if name.rpartition(".")[2] == "mid_block" and m is not None), None
+        )
         if middle is None:
-            raise ValueError(f"`gan_weight` needs a U-Net with a `mid_block`, but the teacher is {type(network).__name__}.")
+            raise ValueError(
+                f"`gan_weight` needs a U-Net with a `mid_block`, but the teacher is {type(network).__name__}."
+            )
         self.features: torch.Tensor | None = None
         middle.register_forward_hook(self._keep)
 
@@ -86,12 +91,15 @@ class Bottleneck:
         return features
 
 
-def regression_distance(name: str, device: torch.device | None = None) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def regression_distance(
+    name: str, device: torch.device | None = None
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """A distance between batches of images in [-1, 1], one number for the batch.
 
     Args:
         name (`str`): `"lpips"` (VGG, inputs resized to 224 pixels), `"l2"` (mean square; Yin et al. 2024, App. I) or
-            `"pseudo-huber"` (`sqrt(square + c**2) - c`, `c = 0.00054 * sqrt(CHW)`; Song & Dhariwal 2023, Eq. 7, per pixel).
+            `"pseudo-huber"` (`sqrt(square + c**2) - c`, `c = 0.00054 * sqrt(CHW)`; Song & Dhariwal 2023, Eq. 7, per
+            pixel).
 
     Raises:
         RuntimeError: if LPIPS's VGG weights are neither cached nor to be downloaded.
@@ -108,8 +116,8 @@ def regression_distance(name: str, device: torch.device | None = None) -> Callab
         network = lpips.LPIPS(net="vgg", verbose=False).to(device).requires_grad_(False).eval()
     except (URLError, OSError) as error:
         raise RuntimeError(
-            "`regression_loss` 'lpips' needs torchvision's VGG-16 weights, which are not in its cache and could not be "
-            f"downloaded ({error}). Without a network use --regression_loss l2 or pseudo-huber."
+            "`regression_loss` 'lpips' needs torchvision's VGG-16 weights, which are not in its cache and could not "
+            f"be downloaded ({error}). Without a network use --regression_loss l2 or pseudo-huber."
         ) from error
 
     def distance(a, b):
@@ -126,16 +134,18 @@ def _pseudo_huber(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 class DMD(ScoreDistiller):
-    """Distribution matching, with DMD's regression on teacher pairs or DMD2's GAN branch and two time scales as options.
+    """Distribution matching, with DMD's regression on teacher pairs or DMD2's GAN branch and two time scales as
+    options.
 
-    Defaults are DMD without pairs, one fake-score update per student update; `fake_score_updates=5` and a `gan_weight` make
-    it DMD2. All networks run without dropout, and both gradients are clipped at norm 10.
+    Defaults are DMD without pairs, one fake-score update per student update; `fake_score_updates=5` and a
+    `gan_weight` make it DMD2. All networks run without dropout, and both gradients are clipped at norm 10.
 
     Args:
         teacher (`Teacher`, `Denoiser` or `GuidedDenoiser`): what to distil; the fake score is never guided.
-        start_ratio (`float`, *optional*): `sigma / alpha` that the student starts from; by default the noisiest timestep.
-        regression_weight (`float`, *optional*, defaults to 0.0): of the regression on pairs (`"noise"`, `"target"`); 0.25
-            in the paper's conditional runs.
+        start_ratio (`float`, *optional*): `sigma / alpha` that the student starts from; by default the noisiest
+            timestep.
+        regression_weight (`float`, *optional*, defaults to 0.0): of the regression on pairs (`"noise"`, `"target"`);
+            0.25 in the paper's conditional runs.
         regression_loss (`str` or callable, *optional*, defaults to `"lpips"`): see `regression_distance`.
         gan_weight (`float`, *optional*, defaults to 0.0): of the student's GAN loss (batches need real images `"x0"`).
         gan_critic_weight (`float`, *optional*, defaults to 0.01): of the critic's.
@@ -202,7 +212,9 @@ class DMD(ScoreDistiller):
         """Distance between the student's image of a pair's noise and the teacher's."""
         for key in ("noise", "target"):
             if key not in batch:
-                raise ValueError(f"`regression_weight` needs batches with 'noise' and 'target', but these have {sorted(batch)}.")
+                raise ValueError(
+                    f"`regression_weight` needs batches with 'noise' and 'target', but these have {sorted(batch)}."
+                )
         x_t = self.init_noise_sigma * batch["noise"]
         x0 = self.student(x_t, self._full(self.student_timesteps[0], x_t), batch.get("cond"))
         return self._distance(x0, batch["target"])

@@ -9,7 +9,8 @@ class Pretraining(Distiller):
 
     Args:
         student (`Denoiser`): the network to train.
-        null_label (`int`, *optional*): label that replaces the true one with probability `label_dropout`, for guidance.
+        null_label (`int`, *optional*): label that replaces the true one with probability `label_dropout`, for
+            guidance.
         label_dropout (`float`, *optional*, defaults to 0.1): as in Ho & Salimans 2022, Sec. 5.
     """
 

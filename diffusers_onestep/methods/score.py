@@ -1,6 +1,7 @@
 """The base of score distillation: a student, a frozen teacher, and a fake score that tracks the student's own samples.
 
-DMD, SiD and their relatives differ in a loss, in the draw of noise levels, in the order and ratio of the updates, and in
+DMD, SiD and their relatives differ in a loss, in the draw of noise levels, in the order and ratio of the updates, and
+in
 whether gradients flow through the two scores (`methods/dmd.py`, `methods/sid.py`).
 """
 
@@ -20,8 +21,8 @@ class ScoreDistiller(Distiller):
 
     Args:
         teacher (`Teacher`, `Denoiser` or `GuidedDenoiser`): stays frozen; guidance enters here and nowhere else.
-        start_ratio (`float`, *optional*): `sigma / alpha` of the level that the student starts from, mapped through the
-            teacher's schedule; the noisiest timestep if None.
+        start_ratio (`float`, *optional*): `sigma / alpha` of the level that the student starts from, mapped through
+            the teacher's schedule; the noisiest timestep if None.
         student_timesteps (`list` of timesteps, *optional*): overrides `start_ratio`; several make a few-step student.
         student (`Denoiser`, *optional*): where the student starts from, if not at the teacher.
         fake_score_updates (`int`, *optional*): fake-score updates per student update.
@@ -106,8 +107,8 @@ class ScoreDistiller(Distiller):
     def generate(self, batch: Batch, generator: Generators = None) -> torch.Tensor:
         """Samples of the student, `(B, C, H, W)`.
 
-        A few-step student runs to a step that is drawn once for the whole global batch and keeps the graph of that step
-        alone: DMD2's backward simulation (Yin et al. 2024, Sec. 4.5).
+        A few-step student runs to a step that is drawn once for the whole global batch and keeps the graph of that
+        step alone: DMD2's backward simulation (Yin et al. 2024, Sec. 4.5).
         """
         device = next(self.student.network.parameters()).device
         shape = (batch["batch_size"], *self.sample_shape)
@@ -130,7 +131,8 @@ class ScoreDistiller(Distiller):
             return self.student(x_t, self._full(self.student_timesteps[0], x_t), cond)
 
     def fake_score_loss(self, x0: torch.Tensor, batch: Batch, generator: Generators = None) -> torch.Tensor:
-        """Denoising score matching of the fake score on the student's samples `x0`, `mean` or `sum` as the paper has it."""
+        """Denoising score matching of the fake score on the student's samples `x0`, `mean` or `sum` as the paper has
+        it."""
         t = self.fake_score_level(x0.shape[0], generator, x0.device)
         x_t = self.fake_score.add_noise(x0, normal(x0.shape, generator, x0.device), t)
         return self.reduce(self.fake_score_weight(t) * (self.fake_score(x_t, t, batch.get("cond")) - x0) ** 2)

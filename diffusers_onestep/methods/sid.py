@@ -1,4 +1,5 @@
-"""SiD: score identity distillation (Zhou et al., ICML 2024, arXiv:2404.04057), for any schedule and prediction type."""
+"""SiD: score identity distillation (Zhou et al., ICML 2024, arXiv:2404.04057), for any schedule and prediction
+type."""
 
 import math
 from typing import Any
@@ -14,13 +15,15 @@ from .score import ScoreDistiller
 def sid_loss(
     x0: torch.Tensor, teacher_x0: torch.Tensor, fake_x0: torch.Tensor, *, alpha: float = 1.0, normalize: bool = True
 ) -> torch.Tensor:
-    """`w * d * ((teacher_x0 - x0) - alpha * d)` with `d = teacher_x0 - fake_x0`, summed over pixels, mean over the batch.
+    """`w * d * ((teacher_x0 - x0) - alpha * d)` with `d = teacher_x0 - fake_x0`, summed over pixels, mean over the
+    batch.
 
-    `w = 1 / mean|x0 - teacher_x0|` per sample, without gradient, if `normalize`. Gradients flow into all three arguments. A
-    sample with a non-finite value is dropped; the divisor stays the batch size.
+    `w = 1 / mean|x0 - teacher_x0|` per sample, without gradient, if `normalize`. Gradients flow into all three
+    arguments. A sample with a non-finite value is dropped; the divisor stays the batch size.
 
     Args:
-        x0, teacher_x0, fake_x0 (`torch.Tensor`): `(B, ...)`: student's sample and its two denoisings at one `(x_t, t)`.
+        x0, teacher_x0, fake_x0 (`torch.Tensor`): `(B, ...)`: student's sample and its two denoisings at one `(x_t,
+            t)`.
         alpha (`float`): the paper has 1.0 and 1.2; 0.5 gives half the exact gradient of the Fisher divergence.
 
     Source: Zhou et al. 2024, Eqs. 22 and 23.
@@ -43,19 +46,21 @@ class SiD(ScoreDistiller):
     Args:
         teacher (`Teacher`, `Denoiser` or `GuidedDenoiser`): what to distil.
         alpha (`float`, *optional*, defaults to 1.2): of the loss.
-        start_ratio (`float`, *optional*, defaults to 2.5): `sigma / alpha` that the student starts from, at `sigma * noise`.
-        noise_levels (`str`, *optional*): `"karras"` (both draws of the EDM runs, as ratios `sigma / alpha`), `"uniform"` (the
-            Stable Diffusion runs: uniform timesteps between the ratios of its t = 20 and t = 979) or `"logit_normal"` (the
-            flow runs). Defaults to that of the paper for the teacher's schedule.
-        loss_scale (`float`, *optional*, defaults to 100.0): factor on the student's loss; matters for Adam's epsilon and fp16.
+        start_ratio (`float`, *optional*, defaults to 2.5): `sigma / alpha` that the student starts from, at `sigma *
+            noise`.
+        noise_levels (`str`, *optional*): `"karras"` (both draws of the EDM runs, as ratios `sigma / alpha`),
+            `"uniform"` (the Stable Diffusion runs: uniform timesteps between the ratios of its t = 20 and t = 979) or
+            `"logit_normal"` (the flow runs). Defaults to that of the paper for the teacher's schedule.
+        loss_scale (`float`, *optional*, defaults to 100.0): factor on the student's loss; matters for Adam's epsilon
+            and fp16.
         sequential (`bool`, *optional*, defaults to `False`): backpropagate through one score network at a time: peak
             activations of one network, two more forwards.
         student, student_timesteps, fake_score_updates, sample_shape: see `ScoreDistiller`.
     """
 
     paper = Paper(
-        title="Score identity Distillation: Exponentially Fast Distillation of Pretrained Diffusion Models for One-Step "
-        "Generation",
+        title="Score identity Distillation: Exponentially Fast Distillation of Pretrained Diffusion Models for "
+        "One-Step Generation",
         arxiv_id="2404.04057",
         citation="Zhou, Zheng, Wang, Yin, Huang, ICML 2024",
     )
@@ -98,8 +103,8 @@ class SiD(ScoreDistiller):
     def sequential_loss(self, x0, batch, generator=None):
         """The same value and gradient as `sid_loss`, with one score network's activations at a time.
 
-        Gradients of the loss in its three arguments come from a pass without graph; each network is then run again for its
-        vector-Jacobian product (specification, Sec. 3).
+        Gradients of the loss in its three arguments come from a pass without graph; each network is then run again
+        for its vector-Jacobian product (specification, Sec. 3).
         """
         cond, leaf = batch.get("cond"), x0.detach().requires_grad_(True)
         t = self.student_level(x0.shape[0], generator, x0.device)
@@ -124,7 +129,9 @@ class SiD(ScoreDistiller):
 
     def fake_score_level(self, batch_size, generator, device):
         if self.noise_levels == "karras":
-            return self.teacher.schedule.timestep(torch.exp(-1.2 + 1.2 * normal((batch_size,), generator, device).double()))
+            return self.teacher.schedule.timestep(
+                torch.exp(-1.2 + 1.2 * normal((batch_size,), generator, device).double())
+            )
         return self._other_level(batch_size, generator, device)
 
     def _other_level(self, batch_size, generator, device):

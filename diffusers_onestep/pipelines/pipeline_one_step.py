@@ -30,7 +30,8 @@ class OneStepPipeline(DiffusionPipeline):
 
     Parameters:
         unet (`ModelMixin`): The student, a [`UNet2DModel`] or one with the same call.
-        scheduler ([`SchedulerMixin`]): A [`OneStepScheduler`], or the stock [`LCMScheduler`] that states the same rule.
+        scheduler ([`SchedulerMixin`]): A [`OneStepScheduler`], or the stock [`LCMScheduler`] that states the same
+            rule.
         id2label (`dict[int, str]`, *optional*): Names of the class labels; by default those of the network's config.
 
     Example:
@@ -78,7 +79,10 @@ class OneStepPipeline(DiffusionPipeline):
 
     def to_json_string(self) -> str:
         # the stock pipeline samples the same student, so that is what the index names
-        return json.dumps(json.loads(super().to_json_string()) | {"_class_name": "ConsistencyModelPipeline"}, indent=2) + "\n"
+        return (
+            json.dumps(json.loads(super().to_json_string()) | {"_class_name": "ConsistencyModelPipeline"}, indent=2)
+            + "\n"
+        )
 
     @property
     def student_steps(self) -> int | None:
@@ -126,7 +130,8 @@ class OneStepPipeline(DiffusionPipeline):
             )
         if isinstance(generator, list) and len(generator) != num_images:
             raise ValueError(
-                f"`generator` must be one generator or a list of {num_images}, one per image, but has {len(generator)}."
+                f"`generator` must be one generator or a list of {num_images}, one per image, "
+                f"but has {len(generator)}."
             )
         shape = (num_images, *self.sample_shape)
         if latents is not None and tuple(latents.shape) != shape:
@@ -172,8 +177,8 @@ class OneStepPipeline(DiffusionPipeline):
         r"""
         Args:
             batch_size (`int`, *optional*): Number of labels; by default as many as are given.
-            class_labels (`int`, `str`, list of them or `torch.Tensor`, *optional*): Labels by id or name; drawn uniformly
-                if not given.
+            class_labels (`int`, `str`, list of them or `torch.Tensor`, *optional*): Labels by id or name; drawn
+                uniformly if not given.
             num_images_per_prompt (`int`, *optional*, defaults to 1): Images per label.
             num_inference_steps (`int`, *optional*): The student's own number, which is the default.
             guidance_scale (`float`, *optional*, defaults to 1.0): Must be off: the student has baked in its guidance.
@@ -181,7 +186,8 @@ class OneStepPipeline(DiffusionPipeline):
             latents (`torch.Tensor`, *optional*): Unit-variance noise to start from, `(B, C, H, W)`.
             output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an [`ImagePipelineOutput`].
-            callback_on_step_end (`Callable`, *optional*): Called as `(pipeline, step, timestep, kwargs)` after each step.
+            callback_on_step_end (`Callable`, *optional*): Called as `(pipeline, step, timestep, kwargs)` after each
+                step.
             callback_on_step_end_tensor_inputs (`list`, *optional*): Tensors handed to it.
 
         Returns:
@@ -225,7 +231,7 @@ class OneStepPipeline(DiffusionPipeline):
                 model_output = self.unet(model_input, t, **cond, return_dict=False)[0]
                 latents = self.scheduler.step(model_output, t, latents, generator=generator, return_dict=False)[0]
                 if callback_on_step_end is not None:
-                    tensors = {name: latents for name in callback_on_step_end_tensor_inputs}
+                    tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
                     latents = callback_on_step_end(self, i, t, tensors).get("latents", latents)
                 progress_bar.update()
 

@@ -39,14 +39,14 @@ class OneStepScheduler(SchedulerMixin, ConfigMixin):
         beta_end (`float`, defaults to 0.02): Last beta.
         beta_schedule (`str`, defaults to `"linear"`): As in [`DDPMScheduler`].
         trained_betas (`list[float]`, *optional*): Betas themselves.
-        prediction_type (`str`, defaults to `"epsilon"`): `"epsilon"`, `"v_prediction"`, `"sample"`, `"flow_prediction"` or
-            `"edm"`.
+        prediction_type (`str`, defaults to `"epsilon"`): `"epsilon"`, `"v_prediction"`, `"sample"`,
+            `"flow_prediction"` or `"edm"`.
         schedule_type (`str`, defaults to `"vp"`): `"vp"`, `"flow"` or `"edm"`.
         sigma_min (`float`, defaults to 0.002): Of an EDM teacher, as are the next two.
         sigma_max (`float`, defaults to 80.0): Largest noise level.
         sigma_data (`float`, defaults to 0.5): Standard deviation of the data.
-        student_timesteps (`list`, *optional*): Timesteps that the student was trained for, noisiest first. Without it any
-            number of evenly spaced steps is allowed.
+        student_timesteps (`list`, *optional*): Timesteps that the student was trained for, noisiest first. Without it
+            any number of evenly spaced steps is allowed.
         init_noise_sigma (`float`, defaults to 1.0): Scale of the noise that sampling starts from.
         parameterization (`str`, defaults to `"teacher"`): How the network's output becomes `x0`: as in the teacher.
     """
@@ -100,8 +100,8 @@ class OneStepScheduler(SchedulerMixin, ConfigMixin):
         Set the timesteps of a run.
 
         Args:
-            num_inference_steps (`int`, *optional*): How many; a trained student allows its own number alone, and that is
-                the default.
+            num_inference_steps (`int`, *optional*): How many; a trained student allows its own number alone, and that
+                is the default.
             device (`str` or `torch.device`, *optional*): Where to put them.
 
         Raises:
@@ -161,9 +161,7 @@ class OneStepScheduler(SchedulerMixin, ConfigMixin):
             return prev_sample, x0
         return OneStepSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x0)
 
-    def add_noise(
-        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
-    ) -> torch.Tensor:
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """`alpha * original_samples + sigma * noise` at `timesteps` `(B,)`."""
         alpha, sigma = self.schedule.alpha_sigma(timesteps.double().reshape(-1))
         shape = (-1, *[1] * (original_samples.ndim - 1))
@@ -183,11 +181,11 @@ def student_scheduler(
     student_timesteps: list[float],
     init_noise_sigma: float,
 ) -> SchedulerMixin:
-    """The scheduler that a student is saved with: a stock `LCMScheduler` where that states the rule, so that plain diffusers
-    samples the student, else a `OneStepScheduler`.
+    """The scheduler that a student is saved with: a stock `LCMScheduler` where that states the rule, so that plain
+    diffusers samples the student, else a `OneStepScheduler`.
 
-    An LCM scheduler truncated after timestep `T0` starts there with unit variance and returns `x0`; with as many original
-    steps as the student has it spaces them evenly and refuses more.
+    An LCM scheduler truncated after timestep `T0` starts there with unit variance and returns `x0`; with as many
+    original steps as the student has it spaces them evenly and refuses more.
 
     Args:
         teacher_scheduler (`SchedulerMixin`): whose noise schedule the student keeps.
@@ -220,7 +218,9 @@ def student_scheduler(
     )
 
 
-def _as_lcm(config: dict, prediction_type: str, student_timesteps: list, init_noise_sigma: float) -> LCMScheduler | None:
+def _as_lcm(
+    config: dict, prediction_type: str, student_timesteps: list, init_noise_sigma: float
+) -> LCMScheduler | None:
     if init_noise_sigma != 1.0 or prediction_type not in ("epsilon", "sample", "v_prediction"):
         return None
     betas = DDPMScheduler(**config).betas[: int(student_timesteps[0]) + 1].tolist()
