@@ -91,9 +91,7 @@ class Bottleneck:
         return features
 
 
-def regression_distance(
-    name: str, device: torch.device | None = None
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def regression_distance(name: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """A distance between batches of images in [-1, 1], one number for the batch.
 
     Args:
@@ -113,7 +111,7 @@ def regression_distance(
     import lpips
 
     try:
-        network = lpips.LPIPS(net="vgg", verbose=False).to(device).requires_grad_(False).eval()
+        network = lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False).eval()
     except (URLError, OSError) as error:
         raise RuntimeError(
             "`regression_loss` 'lpips' needs torchvision's VGG-16 weights, which are not in its cache and could not "
@@ -122,7 +120,7 @@ def regression_distance(
 
     def distance(a, b):
         a, b = (F.interpolate(v.expand(-1, 3, -1, -1), size=(224, 224), mode="bilinear") for v in (a, b))
-        return network(a, b).mean()
+        return network.to(a.device)(a, b).mean()
 
     return distance
 

@@ -54,7 +54,7 @@ class SiD(ScoreDistiller):
         loss_scale (`float`, *optional*, defaults to 100.0): factor on the student's loss; matters for Adam's epsilon
             and fp16.
         sequential (`bool`, *optional*, defaults to `False`): backpropagate through one score network at a time: peak
-            activations of one network, two more forwards.
+            activations of two networks instead of three, for two more forwards.
         student, student_timesteps, fake_score_updates, sample_shape: see `ScoreDistiller`.
     """
 

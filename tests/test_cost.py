@@ -1,0 +1,110 @@
+"""The cost model, asserted with counters rather than clocks: F is one forward of the teacher's network."""
+
+import weakref
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusers_onestep import DMD, Denoiser, SiD, VPSchedule
+
+VP = VPSchedule(torch.linspace(0.9999, 0.01, 1000))
+BATCH = {"batch_size": 2, "cond": {}}
+
+
+def network():
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(32, 64),
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    ).eval()
+
+
+def flops(work):
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def forward_flops():
+    net = network()
+    return flops(lambda: net(torch.randn(2, 4, 16, 16), torch.tensor([1, 2])))
+
+
+@pytest.mark.parametrize(
+    "method, options, bound",
+    [
+        (DMD, {}, 8),  # 3F + 2F, and 3F on the student's own samples
+        (DMD, {"fake_score_updates": 3}, 8 + 2 * 4),
+        (SiD, {}, 11),  # 4F + 7F
+        (SiD, {"sequential": True}, 13),
+    ],
+)
+def test_flops_of_an_iteration_are_within_two_percent_of_the_bound(method, options, bound):
+    distiller = method(Denoiser(network(), VP, "epsilon"), **options)
+
+    def iteration():
+        for _, loss in distiller.updates(BATCH):
+            loss.backward()
+            for module in distiller.trainable.values():
+                module.zero_grad()
+
+    assert flops(iteration) <= 1.02 * bound * forward_flops()
+
+
+class Held:
+    """A saved tensor whose death is noticed."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+def peak_saved_bytes(work, parameters):
+    """The most bytes of activations that autograd holds at once while `work` runs (parameters left out)."""
+    known = {p.untyped_storage().data_ptr() for p in parameters}
+    holders, peak = {}, [0]
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        key = (storage.data_ptr(), storage.nbytes())
+        held = Held(tensor)
+        if key[0] not in known:
+            holders[key] = holders.get(key, 0) + 1
+            weakref.finalize(held, release, key)
+            peak[0] = max(peak[0], sum(size for _, size in holders))
+        return held
+
+    def release(key):
+        holders[key] -= 1
+        if not holders[key]:
+            del holders[key]
+
+    with saved_tensors_hooks(pack, lambda held: held.tensor):
+        result = work()
+    assert result.requires_grad
+    return peak[0]
+
+
+@pytest.mark.parametrize("method, options, networks", [(DMD, {}, 1), (SiD, {}, 3), (SiD, {"sequential": True}, 2)])
+def test_saved_activations_of_a_student_step(method, options, networks):
+    net = network()
+    one = peak_saved_bytes(lambda: net(torch.randn(2, 4, 16, 16), torch.tensor([1, 2])).sample, net.parameters())
+    distiller = method(Denoiser(network(), VP, "epsilon"), **options)
+    modules = (distiller.teacher, distiller.student, distiller.fake_score)
+    parameters = [p for module in modules for p in module.parameters()]
+
+    def step():
+        with distiller.learning("student"):
+            return distiller.student_loss(distiller.generate(BATCH), BATCH)
+
+    pixels = 2 * 4 * 16 * 16 * 4
+    peak = peak_saved_bytes(step, parameters)
+    assert (networks - 1) * one < peak <= networks * one + 20 * pixels
