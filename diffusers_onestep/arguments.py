@@ -1,9 +1,11 @@
 """The flags that all training scripts share, and their reading from the command line or a YAML/JSON file."""
 
+import argparse
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+import yaml
 from transformers import HfArgumentParser
 
 
@@ -55,7 +57,8 @@ class TrainArguments:
 def parse_args(arguments_class: type, argv: list[str] | None = None, presets: dict[str, dict] | None = None):
     """Read one dataclass of flags: `[--config FILE] [--preset NAME] --flag value ...`.
 
-    A preset is overridden by the file, and the file by the command line. An unknown flag or key is an error.
+    A preset is overridden by the file, and the file by the command line. An unknown flag or key ends the program with the
+    allowed ones.
 
     Args:
         arguments_class (`type`): the dataclass to fill.
@@ -63,43 +66,20 @@ def parse_args(arguments_class: type, argv: list[str] | None = None, presets: di
         presets (`dict`, *optional*): published configurations by name.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(arguments_class)
-    parser.add_argument("--config", default=None, help="YAML or JSON file of flags; the command line wins.")
+    sources = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    sources.add_argument("--config", type=Path, help="YAML or JSON file of flags; the command line wins.")
     if presets:
-        parser.add_argument("--preset", default=None, choices=sorted(presets), help="A published configuration.")
-    known, _ = _peek(argv)
-    values = {}
-    if known.get("preset") is not None:
-        if known["preset"] not in (presets or {}):
-            raise ValueError(f"`preset` must be one of {sorted(presets or {})}, but is {known['preset']!r}.")
-        values |= presets[known["preset"]]
-    if known.get("config") is not None:
-        values |= _read(Path(known["config"]))
-    names = {f.name for f in fields(arguments_class)}
-    if unknown := values.keys() - names:
-        raise ValueError(f"`config` must only hold flags of {arguments_class.__name__}, but has {sorted(unknown)}.")
-    # the file's values become defaults, so that argparse lets the command line override each of them
-    for action in parser._actions:
-        if action.dest in values:
-            action.required, action.default = False, values[action.dest]
-    namespace = parser.parse_args(argv)
-    return arguments_class(**{name: getattr(namespace, name) for name in names if hasattr(namespace, name)})
+        sources.add_argument("--preset", choices=sorted(presets), help="A published configuration.")
+    known, flags = sources.parse_known_args(argv)
+    values = dict((presets or {}).get(getattr(known, "preset", None), {}))
+    if known.config is not None:
+        values |= yaml.safe_load(known.config.read_text())  # JSON is YAML too
+    parser = HfArgumentParser(arguments_class, parents=[sources], allow_abbrev=False)
+    # of a flag that is given twice, argparse takes the later one
+    namespace = parser.parse_args([*_as_flags(values), *flags])
+    return arguments_class(**{f.name: getattr(namespace, f.name) for f in fields(arguments_class)})
 
 
-def _peek(argv: list[str]) -> tuple[dict[str, str], list[str]]:
-    import argparse
-
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--config")
-    peek.add_argument("--preset")
-    known, rest = peek.parse_known_args(argv)
-    return vars(known), rest
-
-
-def _read(path: Path) -> dict:
-    import json
-
-    import yaml
-
-    text = path.read_text()
-    return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+def _as_flags(values: dict) -> list[str]:
+    given = {k: v if isinstance(v, list) else [v] for k, v in values.items() if v is not None}
+    return [part for k, parts in given.items() for part in (f"--{k}", *map(str, parts))]

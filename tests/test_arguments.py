@@ -1,0 +1,65 @@
+import importlib.util
+import json
+
+import pytest
+from conftest import ROOT
+
+from diffusers_onestep.arguments import parse_args
+from diffusers_onestep.presets import DMD_PRESETS, SID_PRESETS
+
+REQUIRED = ["--pretrained_teacher_model", "fashion32", "--output_dir", "out"]
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "training" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SID, DMD = script("train_sid").SiDArguments, script("train_dmd").DMDArguments
+
+
+def test_defaults_are_the_papers():
+    sid, dmd = parse_args(SID, REQUIRED), parse_args(DMD, REQUIRED)
+    assert (sid.alpha, sid.start_ratio, sid.adam_beta1, sid.loss_scale) == (1.2, 2.5, 0.0, 100.0)
+    assert (dmd.start_ratio, dmd.adam_beta1, dmd.adam_weight_decay, dmd.ema_halflife_kimg) == (None, 0.9, 0.01, 0.0)
+
+
+@pytest.mark.parametrize("arguments_class, presets", [(SID, SID_PRESETS), (DMD, DMD_PRESETS)])
+def test_every_preset_is_made_of_flags(arguments_class, presets):
+    for name, values in presets.items():
+        args = parse_args(arguments_class, [*REQUIRED, "--preset", name], presets)
+        for key, value in values.items():
+            assert getattr(args, key) == value, (name, key)
+
+
+def test_published_numbers():
+    assert SID_PRESETS["cifar10-uncond"]["max_train_steps"] == 1_953_125
+    assert SID_PRESETS["ffhq64"]["student_adam_beta1"] == 0.9
+    assert DMD_PRESETS["dmd2-imagenet64"]["max_train_steps"] == 40_000
+    assert DMD_PRESETS["dmd2-sdxl-4step"]["student_timesteps"] == [999, 749, 499, 249]
+
+
+@pytest.mark.parametrize("name", ["a.yaml", "a.json"])
+def test_file_beats_preset_and_command_line_beats_file(tmp_path, name):
+    values = {"alpha": 0.5, "output_dir": "from-file", "learning_rate": 2e-5, "pretrained_teacher_model": "t"}
+    (tmp_path / name).write_text(json.dumps(values))
+    flags = ["--config", str(tmp_path / name), "--preset", "cifar10-uncond", "--learning_rate", "3e-5"]
+    args = parse_args(SID, flags, SID_PRESETS)
+    assert (args.alpha, args.learning_rate, args.global_batch_size) == (0.5, 3e-5, 256)
+    assert args.output_dir == "from-file"
+
+
+@pytest.mark.parametrize("flags", [["--learning_rat", "1"], ["--preset", "cifar100"], ["--alpha", "big"]])
+def test_unknown_flags_and_bad_values_end_the_program(flags, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(SID, [*REQUIRED, *flags], SID_PRESETS)
+    assert flags[0] in capsys.readouterr().err
+
+
+def test_unknown_key_in_a_file_ends_the_program(tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text("alhpa: 1.0\n")
+    with pytest.raises(SystemExit):
+        parse_args(SID, [*REQUIRED, "--config", str(tmp_path / "a.yaml")], SID_PRESETS)
+    assert "--alhpa" in capsys.readouterr().err

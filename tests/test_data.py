@@ -1,0 +1,92 @@
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+from diffusers_onestep.data import Batches, Conditions, LabelledImages, load_images, load_pairs, write_pairs
+
+IMAGES = LabelledImages(torch.arange(10, dtype=torch.uint8).reshape(10, 1, 1, 1), torch.arange(10))
+
+
+def labels_of(batches, ranks, rank, accumulation, step, count):
+    accelerator = SimpleNamespace(num_processes=ranks, process_index=rank)
+    stream = batches.start(step, accelerator, accumulation)
+    return [next(stream)["cond"]["class_labels"].tolist() for _ in range(count)]
+
+
+def test_an_epoch_holds_every_sample_once_and_epochs_differ():
+    rows = labels_of(Batches(IMAGES, 5), 1, 0, 1, 0, 4)
+    assert sorted(rows[0] + rows[1]) == list(range(10)) == sorted(rows[2] + rows[3])
+    assert rows[:2] != rows[2:]
+
+
+def test_the_global_batch_does_not_depend_on_how_it_is_split():
+    whole = labels_of(Batches(IMAGES, 4), 1, 0, 1, 0, 3)
+    by_rank = [labels_of(Batches(IMAGES, 2), 2, rank, 1, 0, 3) for rank in (0, 1)]
+    accumulated = labels_of(Batches(IMAGES, 2), 1, 0, 2, 0, 6)
+    for step in range(3):
+        assert by_rank[0][step] + by_rank[1][step] == whole[step]
+        assert accumulated[2 * step] + accumulated[2 * step + 1] == whole[step]
+
+
+def test_any_step_can_be_started():
+    batches = Batches(IMAGES, 3, seed=4)
+    assert labels_of(batches, 1, 0, 2, 5, 2) == labels_of(Batches(IMAGES, 3, seed=4), 1, 0, 2, 0, 12)[10:]
+
+
+def test_conditions():
+    assert Conditions().batch([0, 0]) == {"cond": {}}
+    batch = Conditions({"class_labels": torch.arange(3)}).batch([2, 0])
+    assert batch["cond"]["class_labels"].tolist() == [2, 0]
+
+
+def test_images_come_in_minus_one_to_one():
+    x0 = LabelledImages(torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1, 1), None).batch([0, 1])["x0"]
+    assert x0.flatten().tolist() == [-1.0, 1.0]
+
+
+def test_load_npz(tmp_path):
+    path = str(tmp_path / "a.npz")
+    images = np.zeros((3, 8, 8), np.uint8)
+    np.savez(path, images_train=images, labels_train=np.array([0, 1, 0]), class_names=np.array(["a", "b"]))
+    loaded = load_images(path)
+    assert loaded.images.shape == (3, 1, 8, 8) and loaded.names == ["a", "b"] and len(loaded) == 3
+    with pytest.raises(ValueError, match=r"`dataset` must hold `images_test`"):
+        load_images(path, "test")
+    with pytest.raises(ValueError, match=r"does not exist"):
+        load_images(str(tmp_path / "b.npz"))
+
+
+def test_pairs_replay_the_teachers_solver(tmp_path, teacher_folder, monkeypatch):
+    """What `make_pairs.py` stores is what the deterministic solver makes of the stored noise."""
+    import subprocess
+
+    from diffusers_onestep import Teacher
+
+    output = tmp_path / "pairs"
+    flags = {"pretrained_teacher_model": teacher_folder, "output_dir": output, "num_pairs": 5, "batch_size": 2}
+    flags |= {"num_inference_steps": 4}
+    command = [sys.executable, str(ROOT / "training" / "make_pairs.py")]
+    subprocess.run([*command, *(str(p) for k, v in flags.items() for p in (f"--{k}", v))], check=True)
+    pairs = load_pairs(str(output))
+    assert len(pairs) == 5
+    batch = pairs.batch([4, 1])
+    assert batch["noise"].shape == (2, 1, 16, 16) and batch["cond"]["class_labels"].tolist() == [1, 1]
+    target = Teacher.from_pretrained(teacher_folder).sample(batch["noise"], batch["cond"], num_inference_steps=4)
+    torch.testing.assert_close(batch["target"], target, rtol=1e-4, atol=1e-4)
+
+
+def test_pairs_are_never_overwritten_and_must_be_pairs(tmp_path):
+    row = {"noise": torch.zeros(1, 2, 2), "target": torch.ones(1, 2, 2)}
+    write_pairs(iter([row]), tmp_path / "p", (1, 2, 2))
+    assert load_pairs(str(tmp_path / "p")).batch([0])["target"].sum() == 4
+    with pytest.raises(ValueError, match=r"`output_dir` must not exist yet"):
+        write_pairs(iter([row]), tmp_path / "p", (1, 2, 2))
+    from datasets import Dataset
+
+    Dataset.from_dict({"noise": [1]}).save_to_disk(tmp_path / "q")
+    with pytest.raises(ValueError, match=r"lacks \['target'\]"):
+        load_pairs(str(tmp_path / "q"))

@@ -1,0 +1,44 @@
+import numpy as np
+import pytest
+import torch
+
+from diffusers_onestep.features import FashionCNN, reference_moments
+from diffusers_onestep.metrics import frechet_distance, frechet_distance_of_moments, moments
+
+
+def test_frechet_distance_of_gaussians_with_diagonal_covariances():
+    mean_a, mean_b = torch.tensor([1.0, 2.0]).double(), torch.tensor([0.0, 4.0]).double()
+    std_a, std_b = torch.tensor([0.5, 2.0]).double(), torch.tensor([1.5, 1.0]).double()
+    expected = (1 + 4 + 1 + 1).__float__()
+    got = frechet_distance_of_moments(mean_a, torch.diag(std_a**2), mean_b, torch.diag(std_b**2))
+    assert got == pytest.approx(expected)
+
+
+def test_frechet_distance_is_symmetric_zero_at_equality_and_takes_arrays():
+    generator = np.random.default_rng(0)
+    a, b = generator.normal(size=(500, 6)), generator.normal(0.3, 1.2, size=(400, 6))
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(torch.from_numpy(b), torch.from_numpy(a)))
+    assert moments(a)[1].numpy() == pytest.approx(np.cov(a.T))
+
+
+def test_rank_deficient_features_are_fine():
+    a = torch.randn(5, 20)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_bad_features_are_refused():
+    with pytest.raises(ValueError, match=r"`features` must be \(N, D\)"):
+        moments(torch.zeros(1, 3))
+
+
+def test_fashion_network_and_its_reference():
+    network = FashionCNN.from_shipped()
+    pixels = torch.randint(0, 256, (4, 1, 32, 32), dtype=torch.uint8)
+    features, logits = network(pixels, batch_size=3)
+    assert features.shape == (4, 128) and logits.shape == (4, 10)
+    torch.testing.assert_close(network(pixels[2:3])[0], features[2:3])
+    mean, covariance = reference_moments()
+    assert mean.shape == (128,) and covariance.shape == (128, 128) and mean.dtype == torch.float64
+    with pytest.raises(ValueError, match=r"`pixels` must be uint8"):
+        network(pixels.float())
