@@ -57,8 +57,7 @@ class TrainArguments:
 def parse_args(arguments_class: type, argv: list[str] | None = None, presets: dict[str, dict] | None = None):
     """Read one dataclass of flags: `[--config FILE] [--preset NAME] --flag value ...`.
 
-    A preset is overridden by the file, and the file by the command line. An unknown flag or key ends the program with the
-    allowed ones.
+    A preset is overridden by the file, and the file by the command line. An unknown flag or key ends the program.
 
     Args:
         arguments_class (`type`): the dataclass to fill.

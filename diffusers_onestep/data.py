@@ -1,6 +1,8 @@
 """Batches for training: any map-style data set, in an order that resumes and splits over ranks exactly."""
 
+import shutil
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -135,32 +137,42 @@ class Pairs:
 
 
 def write_pairs(rows: Iterator[dict[str, torch.Tensor]], folder: Path, sample_shape: tuple[int, int, int]) -> None:
-    """Store teacher pairs as a `datasets` data set on disk, written beside and then renamed.
+    """Stream teacher pairs to disk as a `datasets` data set, written beside and then renamed.
 
     Args:
         rows (iterator of `dict`): `"noise"` and `"target"` of `sample_shape`, and scalar conditions.
         folder (`Path`): must not exist yet.
         sample_shape (`tuple`): `(C, H, W)`.
     """
-    import shutil
-
     from datasets import Array3D, Dataset, Features, Value
+    from datasets.arrow_writer import ArrowWriter
 
     if folder.exists():
         raise ValueError(f"`output_dir` must not exist yet, but {str(folder)!r} does.")
     first = next(rows)
     tensors = {k: Array3D(sample_shape, "float32") for k in ("noise", "target")}
     features = Features(tensors | {k: Value("int64") for k in first if k not in tensors})
-    columns: dict[str, list] = {k: [v.numpy()] for k, v in first.items()}
-    for row in rows:
-        for key, value in row.items():
-            columns[key].append(value.numpy())
     beside = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(beside, ignore_errors=True)
-    Dataset.from_dict(
-        {k: v if k in tensors else [int(n) for n in v] for k, v in columns.items()}, features
-    ).save_to_disk(beside)
+    beside.mkdir(parents=True)
+    with ArrowWriter(features=features, path=str(beside / "rows.arrow")) as writer:
+        for row in chain([first], rows):
+            writer.write({k: v.numpy() if k in tensors else int(v) for k, v in row.items()})
+        writer.finalize()
+    Dataset.from_file(str(beside / "rows.arrow")).save_to_disk(beside / "pairs")
+    (beside / "pairs").rename(folder)
+    shutil.rmtree(beside)
+
+
+def join_pairs(parts: list[Path], folder: Path) -> None:
+    """Make one data set of those that several processes wrote, and remove the parts."""
+    from datasets import concatenate_datasets, load_from_disk
+
+    beside = folder.with_name(f".{folder.name}.joining")
+    concatenate_datasets([load_from_disk(part) for part in parts]).save_to_disk(beside)
     beside.rename(folder)
+    for part in parts:
+        shutil.rmtree(part)
 
 
 def load_pairs(path: str) -> Pairs:

@@ -4,6 +4,7 @@
         --num_pairs 10000 --num_inference_steps 50
 """
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from tqdm.auto import tqdm
 
 from diffusers_onestep import Teacher
 from diffusers_onestep.arguments import parse_args
-from diffusers_onestep.data import write_pairs
+from diffusers_onestep.data import join_pairs, write_pairs
+from diffusers_onestep.methods.base import normal
+from diffusers_onestep.trainer import sample_generators
 
 
 @dataclass
@@ -29,27 +32,33 @@ class PairArguments:
 
 def main(args: PairArguments) -> None:
     accelerator = Accelerator()
+    folder = Path(args.output_dir)
+    if folder.exists():
+        raise ValueError(f"`output_dir` must not exist yet, but {args.output_dir!r} does.")
     teacher = Teacher.from_pretrained(args.pretrained_teacher_model, device=accelerator.device)
     labels = teacher.encode()
+    own = torch.arange(args.num_pairs).tensor_split(accelerator.num_processes)[accelerator.process_index]
 
     def rows():
-        for first in tqdm(range(0, args.num_pairs, args.batch_size), disable=not accelerator.is_main_process):
-            places = torch.arange(first, min(first + args.batch_size, args.num_pairs))
-            generators = [torch.Generator().manual_seed(args.seed * args.num_pairs + int(n)) for n in places]
-            noise = torch.stack([torch.randn(teacher.sample_shape, generator=g) for g in generators])
-            cond = {k: v[places % len(v)].to(accelerator.device) for k, v in labels.items()}
+        for places in tqdm(own.split(args.batch_size), disable=not accelerator.is_main_process, desc="pairs"):
+            generators = sample_generators(args.seed, 0, places.tolist())
+            noise = normal((len(places), *teacher.sample_shape), generators)
+            cond = {k: v[places % len(v)] for k, v in labels.items()}
             target = teacher.sample(
                 noise.to(accelerator.device),
-                cond,
+                {k: v.to(accelerator.device) for k, v in cond.items()},
                 num_inference_steps=args.num_inference_steps,
                 guidance_scale=args.guidance_scale,
             ).cpu()
-            yield from (
-                {"noise": n, "target": x} | {k: v[i].cpu() for k, v in cond.items()}
-                for i, (n, x) in enumerate(zip(noise, target, strict=True))
-            )
+            for i in range(len(places)):
+                yield {"noise": noise[i], "target": target[i]} | {k: v[i] for k, v in cond.items()}
 
-    write_pairs(rows(), Path(args.output_dir), teacher.sample_shape)
+    parts = [folder.with_name(f".{folder.name}.part-{rank}") for rank in range(accelerator.num_processes)]
+    shutil.rmtree(parts[accelerator.process_index], ignore_errors=True)
+    write_pairs(rows(), parts[accelerator.process_index], teacher.sample_shape)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        join_pairs(parts, folder)
 
 
 if __name__ == "__main__":
