@@ -13,7 +13,7 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     quick = commands.add_parser("quickstart", help="distil the shipped teacher into a one-step student, live")
     quick.add_argument("--output_dir", default="onestep-quickstart", help="where the student and samples.png go")
-    quick.add_argument("--max_train_steps", type=int, default=120, help="student updates")
+    quick.add_argument("--max_train_steps", type=int, default=150, help="student updates")
     quick.add_argument("--num_samples", type=int, default=1000, help="images per row of the final table")
     quick.set_defaults(run=quickstart)
     sampling = commands.add_parser("sample", help="write a picture of a student's images")
