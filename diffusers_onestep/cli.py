@@ -106,3 +106,7 @@ def info(model: str) -> None:
     for key in ("student_timesteps", "init_noise_sigma", "original_inference_steps", "num_train_timesteps"):
         if key in scheduler:
             print(f"  {key}: {scheduler[key]}")
+
+
+if __name__ == "__main__":
+    main()
