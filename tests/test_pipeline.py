@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_unet
 from diffusers import ConsistencyModelPipeline, DDPMScheduler, DiffusionPipeline, EDMEulerScheduler
 
-from diffusers_onestep import OneStepPipeline, OneStepScheduler, SpaceToDepthUNet2DModel
+from diffusers_onestep import DMD, OneStepPipeline, OneStepScheduler, SpaceToDepthUNet2DModel
 from diffusers_onestep.methods.base import sample_shape_of
 from diffusers_onestep.repository import write_repository
 from diffusers_onestep.schedulers import student_scheduler
@@ -78,6 +78,13 @@ def test_bad_calls_name_argument_allowed_and_given(student, arguments, message):
         student(**arguments)
 
 
+def test_a_many_step_model_must_be_told_its_steps(unet):
+    pipeline = OneStepPipeline(unet, DDPMScheduler())
+    with pytest.raises(ValueError, match=r"`num_inference_steps` must be given for a model with a DDPMScheduler"):
+        pipeline()
+    assert pipeline(num_inference_steps=2).images[0].size == (16, 16)
+
+
 def test_labels_on_an_unconditional_student_are_refused(unet):
     pipeline = OneStepPipeline(unet, OneStepScheduler(student_timesteps=[999]))
     with pytest.raises(ValueError, match=r"`class_labels` must be None"):
@@ -108,6 +115,15 @@ def test_saved_student_gives_the_same_image_in_both_pipelines(tmp_path, sigma, l
     assert np.array_equal(ours(2, generator=seeded(), **arguments).images, expected)
     assert np.array_equal(stock(2, generator=seeded(), **arguments).images, expected)
     assert ours(class_labels="bag").images
+
+
+def test_few_step_student_samples_as_in_training():
+    teacher = Teacher(ConsistencyModelPipeline(tiny_unet(), DDPMScheduler()))
+    distiller = DMD(teacher, student_timesteps=[999, 499])
+    pipeline = teacher.student_pipeline(distiller.student.network.eval(), [999, 499], distiller.init_noise_sigma)
+    noise = torch.randn(2, 1, 16, 16)
+    images = pipeline(latents=noise, generator=seeded(), output_type="latent").images
+    torch.testing.assert_close(distiller.sample(noise, {}, seeded()), images, rtol=1e-3, atol=1e-3)
 
 
 def test_few_step_student_in_both_pipelines(tmp_path):

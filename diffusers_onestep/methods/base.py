@@ -79,11 +79,6 @@ class Distiller(ABC):
         """Yield `(network name, loss)` in the paper's order, for a batch of `"batch_size"` and `"cond"`."""
 
     @property
-    def frozen(self) -> list[nn.Module]:
-        """Networks that are used but never trained."""
-        return []
-
-    @property
     def diagnostics(self) -> dict[str, torch.Tensor]:
         """Numbers of the last update worth logging, detached."""
         return {}

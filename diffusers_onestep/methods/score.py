@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..denoiser import Denoiser, GuidedDenoiser
+from ..denoiser import Cond, Denoiser, GuidedDenoiser
 from ..schedules import EDMSchedule
 from .base import Batch, Distiller, Generators, copy_denoiser, normal, sample_shape_of, uniform
 
@@ -124,11 +124,16 @@ class ScoreDistiller(Distiller):
                 x_t = self.student.add_noise(x0, normal(shape, generator, device), self._full(t_next, x_t))
         return self.student(x_t, self._full(steps[last], x_t), cond)
 
-    def sample(self, noise: torch.Tensor, cond=None) -> torch.Tensor:
-        """The student's image of unit-variance `noise` in one step, without gradients."""
-        with torch.no_grad():
-            x_t = self.init_noise_sigma * noise
-            return self.student(x_t, self._full(self.student_timesteps[0], x_t), cond)
+    @torch.no_grad()
+    def sample(self, noise: torch.Tensor, cond: Cond | None = None, generator: Generators = None) -> torch.Tensor:
+        """The student's images of unit-variance `noise`, by all its steps, with fresh noise of `generator` between."""
+        x_t = self.init_noise_sigma * noise
+        x0 = self.student(x_t, self._full(self.student_timesteps[0], x_t), cond)
+        for t in self.student_timesteps[1:]:
+            t = self._full(t, x0)
+            x_t = self.student.add_noise(x0, normal(x0.shape, generator, x0.device), t)
+            x0 = self.student(x_t, t, cond)
+        return x0
 
     def fake_score_loss(self, x0: torch.Tensor, batch: Batch, generator: Generators = None) -> torch.Tensor:
         """Denoising score matching of the fake score on the student's samples `x0`, `mean` or `sum` as the paper has

@@ -1,5 +1,6 @@
 """The front door for students, and the pipeline of pixel students."""
 
+import inspect
 import json
 import os
 from collections.abc import Callable
@@ -88,8 +89,7 @@ class OneStepPipeline(DiffusionPipeline):
     def student_steps(self) -> int | None:
         """How many steps the student was trained for; None if its scheduler allows any number."""
         if isinstance(self.scheduler, OneStepScheduler):
-            timesteps = self.scheduler.config.student_timesteps
-            return len(timesteps) if timesteps else None
+            return len(self.scheduler.config.student_timesteps or []) or None
         if isinstance(self.scheduler, LCMScheduler):
             return self.scheduler.config.original_inference_steps
         return None
@@ -120,6 +120,15 @@ class OneStepPipeline(DiffusionPipeline):
             raise ValueError(
                 f"`num_inference_steps` must be {self.student_steps}, the number that this student was trained for, "
                 f"but is {num_inference_steps}."
+            )
+        if (
+            num_inference_steps is None
+            and self.student_steps is None
+            and not isinstance(self.scheduler, OneStepScheduler)
+        ):
+            raise ValueError(
+                f"`num_inference_steps` must be given for a model with a {type(self.scheduler).__name__}, which is no "
+                "one-step student, but is None."
             )
         if num_inference_steps is not None and num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` must be at least 1, but is {num_inference_steps}.")
@@ -225,11 +234,13 @@ class OneStepPipeline(DiffusionPipeline):
         latents = latents.to(device, self.unet.dtype) * self.scheduler.init_noise_sigma
 
         # 4. One student call per timestep
+        noisy = "generator" in inspect.signature(self.scheduler.step).parameters
+        step_kwargs = {"generator": generator} if noisy else {}
         with self.progress_bar(total=len(self.scheduler.timesteps)) as progress_bar:
             for i, t in enumerate(self.scheduler.timesteps):
                 model_input = self.scheduler.scale_model_input(latents, t)
                 model_output = self.unet(model_input, t, **cond, return_dict=False)[0]
-                latents = self.scheduler.step(model_output, t, latents, generator=generator, return_dict=False)[0]
+                latents = self.scheduler.step(model_output, t, latents, **step_kwargs, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
                     latents = callback_on_step_end(self, i, t, tensors).get("latents", latents)
