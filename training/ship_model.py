@@ -4,6 +4,7 @@ python training/ship_model.py outputs/fashion32 fashion32
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -12,13 +13,19 @@ from diffusers import DiffusionPipeline
 import diffusers_onestep  # noqa: F401 (registers its classes with the loader)
 from diffusers_onestep import OneStepPipeline
 from diffusers_onestep.repository import ASSETS, write_repository
+from diffusers_onestep.trainer import write_json
 
 
 def main(folder: str, name: str) -> None:
-    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float16)
-    if hasattr(pipeline.scheduler.config, "student_timesteps") or "LCM" in type(pipeline.scheduler).__name__:
-        pipeline = OneStepPipeline.from_pretrained(folder, dtype=torch.float16)
+    index = json.loads((Path(folder) / "model_index.json").read_text())
+    is_teacher = index["scheduler"][1] == "DDPMScheduler"
+    loader = DiffusionPipeline if is_teacher else OneStepPipeline
+    pipeline = loader.from_pretrained(folder, dtype=torch.float16)
     write_repository(pipeline, ASSETS / name)
+    for path in (ASSETS / name).rglob("*.json"):
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)  # a folder of this machine
+        write_json(path, config)
     size = sum(file.stat().st_size for file in Path(ASSETS / name).rglob("*") if file.is_file())
     print(f"{ASSETS / name}: {size / 1e6:.1f} MB")
 
