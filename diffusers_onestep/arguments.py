@@ -8,6 +8,14 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser
 
+_AT_LEAST_ONE = (
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "max_train_steps",
+    "checkpointing_steps",
+    "logging_steps",
+)
+
 
 @dataclass
 class TrainArguments:
@@ -28,17 +36,24 @@ class TrainArguments:
     adam_beta2: float = field(default=0.999, metadata={"help": "Adam's second beta."})
     adam_epsilon: float = field(default=1e-8, metadata={"help": "Adam's epsilon."})
     adam_weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay."})
-    lr_scheduler: str = field(default="constant", metadata={"help": "A name that `diffusers.optimization` knows."})
+    lr_scheduler: str = field(
+        default="constant_with_warmup", metadata={"help": "A name that `diffusers.optimization` knows."}
+    )
     lr_warmup_steps: int = field(default=0, metadata={"help": "Student updates of linear warm-up."})
     max_grad_norm: float | None = field(default=None, metadata={"help": "Default: the method's; 0 means no clipping."})
     ema_halflife_kimg: float = field(default=0.0, metadata={"help": "Half-life in 1000 images; 0 means no EMA."})
     ema_rampup_ratio: float = field(default=0.05, metadata={"help": "Half-life is at most this part of images seen."})
-    mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16; weights stay float32."})
+    mixed_precision: str | None = field(
+        default=None, metadata={"help": "no, bf16 or fp16; weights stay float32. Default: the launcher's."}
+    )
     checkpointing_steps: int = field(default=500, metadata={"help": "Write a checkpoint every so many steps."})
     checkpoints_total_limit: int | None = field(default=2, metadata={"help": "Keep only the newest ones."})
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "'latest' or a checkpoint's folder."})
     validation_steps: int = field(
         default=0, metadata={"help": "Write samples.png every so many steps; 0: at the end."}
+    )
+    validation_samples: int = field(
+        default=0, metadata={"help": "Samples of a live FD-fashion at each validation, for 1x32x32 images."}
     )
     logging_steps: int = field(default=10, metadata={"help": "Write log.jsonl and trackers every so many steps."})
     report_to: str | None = field(
@@ -47,10 +62,10 @@ class TrainArguments:
     cpu_threads: int | None = field(default=None, metadata={"help": "torch.set_num_threads, if given."})
 
     def __post_init__(self):
-        for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps"):
+        for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, but is {getattr(self, name)}.")
-        if self.mixed_precision not in ("no", "bf16", "fp16"):
+        if self.mixed_precision not in (None, "no", "bf16", "fp16"):
             raise ValueError(f"`mixed_precision` must be 'no', 'bf16' or 'fp16', but is {self.mixed_precision!r}.")
 
 
@@ -72,7 +87,9 @@ def parse_args(arguments_class: type, argv: list[str] | None = None, presets: di
     known, flags = sources.parse_known_args(argv)
     values = dict((presets or {}).get(getattr(known, "preset", None), {}))
     if known.config is not None:
-        values |= yaml.safe_load(known.config.read_text())  # JSON is YAML too
+        values |= yaml.safe_load(known.config.read_text()) or {}  # JSON is YAML too
+        if nested := values.keys() & {"config", "preset"}:
+            sources.error(f"`config` must not name {sorted(nested)}: give them on the command line.")
     parser = HfArgumentParser(arguments_class, parents=[sources], allow_abbrev=False)
     # of a flag that is given twice, argparse takes the later one
     namespace = parser.parse_args([*_as_flags(values), *flags])

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -41,11 +42,11 @@ def quickstart(output_dir: str, max_train_steps: int, num_samples: int) -> None:
     from . import OneStepPipeline, SiD, Teacher, evaluate
     from .data import Batches, Conditions
     from .distillation import DistillationArguments, train_student
-    from .evaluation import as_records, markdown_table
+    from .evaluation import markdown_table, write_metrics
     from .presets import FASHION32_QUICKSTART
-    from .trainer import write_json
 
     started = time.perf_counter()
+    shutil.rmtree(Path(output_dir) / "checkpoints", ignore_errors=True)  # of an earlier quickstart
     torch.set_num_threads(os.cpu_count() or 1)
     teacher = Teacher.from_pretrained("fashion32")
     method, loop = FASHION32_QUICKSTART["method"], FASHION32_QUICKSTART["loop"]
@@ -67,7 +68,7 @@ def quickstart(output_dir: str, max_train_steps: int, num_samples: int) -> None:
     ]
     rows.append(evaluate(fresh, name="this student", num_samples=num_samples, seed=1))
     rows.append(evaluate(shipped, name="shipped student", num_samples=num_samples, seed=1))
-    write_json(Path(output_dir) / "metrics.json", {"command": "onestep quickstart", "results": as_records(rows)})
+    write_metrics(Path(output_dir) / "metrics.json", rows, command="onestep quickstart")
     print(f"\n{markdown_table(rows)}\n")
     print(f"Student: {output_dir}   Pictures: {output_dir}/samples.png (teacher above student)")
     print(f"Done in {time.perf_counter() - started:.0f} s. Next: onestep sample {output_dir}")

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 
 
 class Samples(Protocol):
@@ -36,7 +36,7 @@ class Batches:
         self.samples, self.batch_size, self.seed = samples, batch_size, seed
         self._epoch, self._order = -1, []
 
-    def start(self, step: int, accelerator: Accelerator, accumulation: int) -> Iterator[dict[str, Any]]:
+    def start(self, step: int, accelerator: Any, accumulation: int) -> Iterator[dict[str, Any]]:
         """This rank's micro-batches from optimiser step `step` on."""
         ranks, rank, size = accelerator.num_processes, accelerator.process_index, self.batch_size
         micro_batch = step * accumulation
@@ -46,7 +46,7 @@ class Batches:
             micro_batch += 1
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return self.start(0, Accelerator(), 1)
+        return self.start(0, PartialState(), 1)
 
     def place(self, n: int) -> int:
         """Where sample number `n` of the run lies in the data set."""

@@ -1,6 +1,6 @@
 """What the distillation scripts share: their flags, and the step from a trained network to a student's repository."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from .evaluation import comparison_grid, evaluate
 from .features import FashionCNN
 from .methods.base import Batch
 from .methods.score import ScoreDistiller
+from .pipelines import OneStepPipeline
 from .repository import write_repository
 from .teacher import Teacher
 from .trainer import train
@@ -28,14 +29,10 @@ class DistillationArguments(TrainArguments):
     start_ratio: float | None = field(
         default=None, metadata={"help": "sigma / alpha that the student starts from; default: the method's."}
     )
-    student_timesteps: list[int] | None = field(
+    student_timesteps: list[float] | None = field(
         default=None, metadata={"help": "Timesteps themselves, noisiest first; several: a few-step student."}
     )
     student_init: str | None = field(default=None, metadata={"help": "Model that the student starts as."})
-    validation_samples: int = field(
-        default=0,
-        metadata={"help": "Samples of a live distance at each validation; 1x32x32 images only (FD-fashion)."},
-    )
     fake_score_updates: int = field(default=1, metadata={"help": "Fake-score updates per student update."})
 
     def load_teacher(self) -> Teacher:
@@ -47,28 +44,41 @@ class DistillationArguments(TrainArguments):
         return Teacher.from_pretrained(self.student_init).denoiser if self.student_init else None
 
 
-def train_student(distiller: ScoreDistiller, batches: Iterable[Batch], args: DistillationArguments, teacher: Teacher):
-    """`train()`, saving the student as a diffusers repository and, beside it, a picture of teacher and student."""
+def train_student(
+    distiller: ScoreDistiller, batches: Iterable[Batch], args: DistillationArguments, teacher: Teacher
+) -> None:
+    """`train()`, saving the student as a repository of `teacher`'s kind and, beside it, a picture of both."""
+    save, validate = student_hooks(distiller, args, teacher)
+    train(distiller, batches, args, save=save, validate=validate)
+
+
+def student_hooks(
+    distiller: ScoreDistiller, args: TrainArguments, teacher: Teacher | None = None
+) -> tuple[Callable[[Path], None] | None, Callable[[Path], dict[str, float]] | None]:
+    """How `train()` saves and shows a student; two times None if it was not made from a `Teacher`."""
+    teacher = teacher or distiller.origin
+    if not isinstance(teacher, Teacher):
+        return None, None
     network = distiller.student.network
 
+    def pipeline() -> OneStepPipeline:
+        return teacher.student_pipeline(network, distiller.student_timesteps, distiller.init_noise_sigma)
+
     def save(folder: Path) -> None:
-        write_repository(
-            teacher.student_pipeline(network, distiller.student_timesteps, distiller.init_noise_sigma), folder
-        )
+        write_repository(pipeline(), folder)
 
     def validate(folder: Path) -> dict[str, float]:
         device = next(network.parameters()).device
+        generator = torch.Generator().manual_seed(args.seed)
 
         def sample(noise, cond):
-            return distiller.sample(noise.to(device), {k: v.to(device) for k, v in cond.items()})
+            return distiller.sample(noise.to(device), {k: v.to(device) for k, v in cond.items()}, generator)
 
         comparison_grid(teacher, sample, folder / "samples.png", seed=args.seed)
         if not args.validation_samples or teacher.sample_shape != FashionCNN.input_shape:
             return {}
-        pipeline = teacher.student_pipeline(network, distiller.student_timesteps, distiller.init_noise_sigma)
         # other noises than those of the evaluation that is reported
-        row = evaluate(pipeline, name="student", num_samples=args.validation_samples, seed=args.seed + 1000)
+        row = evaluate(pipeline(), name="student", num_samples=args.validation_samples, seed=args.seed + 1000)
         return {"distance": row.value}
 
-    torch.manual_seed(args.seed)
-    train(distiller, batches, args, save=save, validate=validate)
+    return save, validate

@@ -1,8 +1,11 @@
 """How good and how fast a model's images are: one distance, one number of network evaluations, one speed."""
 
+import os
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -11,6 +14,7 @@ from tqdm.auto import tqdm
 from .features import FashionCNN, reference_moments
 from .metrics import frechet_distance_of_moments, moments
 from .pipelines import OneStepPipeline
+from .repository import write_json
 from .sampling import picture, save_grid
 from .teacher import Teacher
 
@@ -39,7 +43,7 @@ def noises_and_labels(sample_shape, num_labels: int | None, num_samples: int, se
 def evaluate(
     pipeline: OneStepPipeline | Teacher,
     *,
-    name: str,
+    name: str = "model",
     num_inference_steps: int | None = None,
     num_samples: int = 10_000,
     batch_size: int = 250,
@@ -50,7 +54,7 @@ def evaluate(
 
     Args:
         pipeline (`OneStepPipeline` or `Teacher`): what to sample; a teacher uses its own scheduler (DDIM for DDPM).
-        name (`str`): of the model in the table.
+        name (`str`, *optional*, defaults to `"model"`): of the model in the table.
         num_inference_steps (`int`, *optional*): network evaluations; a student has its own number.
         num_samples (`int`, *optional*, defaults to 10000): a distance is comparable only at the same number.
         batch_size (`int`, *optional*, defaults to 250): samples at a time.
@@ -111,9 +115,16 @@ def comparison_grid(
     save_grid(torch.cat(rows), path, columns)
 
 
-def as_records(rows: list[Metrics]) -> list[dict]:
-    """Rows for `metrics.json`."""
-    return [asdict(row) for row in rows]
+def write_metrics(path: Path, rows: list[Metrics], *, command: str) -> None:
+    """Rows as `metrics.json`, with all that it takes to measure them again."""
+    content = {
+        "command": command,
+        "versions": {name: version(name) for name in ("diffusers-onestep", "torch", "diffusers")},
+        "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+        f"{torch.get_num_threads()} threads, {'cuda' if torch.cuda.is_available() else 'no GPU'}",
+        "results": [asdict(row) for row in rows],
+    }
+    write_json(path, content)
 
 
 def quality_plot(rows: list[Metrics], path: Path) -> None:

@@ -29,3 +29,29 @@ def frechet_distance_of_moments(
 def frechet_distance(a: Features, b: Features) -> float:
     """Fréchet distance of two sets of features `(N, D)` and `(M, D)`, each seen as a Gaussian."""
     return frechet_distance_of_moments(*moments(a), *moments(b))
+
+
+def kernel_distance(a: Features, b: Features) -> float:
+    """Unbiased squared maximum mean discrepancy with the kernel `(x . y / D + 1)**3` (Binkowski et al. 2018, Eq. 4),
+    over all pairs at once, in float64."""
+    a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
+    n, m, dimension = len(a), len(b), a.shape[1]
+
+    def kernel(x, y):
+        return (x @ y.T / dimension + 1) ** 3
+
+    within_a, within_b = kernel(a, a), kernel(b, b)
+    same = (within_a.sum() - within_a.trace()) / (n * (n - 1)) + (within_b.sum() - within_b.trace()) / (m * (m - 1))
+    return (same - 2 * kernel(a, b).mean()).item()
+
+
+def precision_recall(real: Features, generated: Features, k: int = 3) -> tuple[float, float]:
+    """Shares of generated samples within the real manifold and of real ones within the generated manifold: in a ball
+    around some sample, out to its `k`-th neighbour (Kynkäänniemi et al. 2019, Eq. 2)."""
+    real, generated = torch.as_tensor(real).double(), torch.as_tensor(generated).double()
+
+    def covered(points, support):
+        radius = torch.cdist(support, support).kthvalue(k + 1, dim=1).values  # the nearest is the sample itself
+        return (torch.cdist(points, support) <= radius).any(1).double().mean().item()
+
+    return covered(generated, real), covered(real, generated)

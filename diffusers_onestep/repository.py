@@ -1,5 +1,6 @@
 """Model folders: written so that they load at every moment, and the ones that ship with the package."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -47,3 +48,10 @@ def write_repository(pipeline: DiffusionPipeline, folder: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(file, target)
     shutil.rmtree(beside)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write beside, then rename."""
+    beside = path.with_name(f".{path.name}.writing")
+    beside.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(beside, path)

@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, SchedulerMixin
+from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
 
 from .denoiser import Cond, Denoiser, GuidedDenoiser
-from .schedules import VPSchedule
 
 
 @torch.no_grad()
@@ -20,12 +19,14 @@ def sample(
 ) -> torch.Tensor:
     """Solve the teacher's ODE from unit-variance `noise` `(B, C, H, W)` with a stock scheduler; returns `x0`.
 
-    A variance-preserving scheduler without deterministic steps of its own (DDPM) is replaced by DDIM on the same
-    config (Song et al. 2021, Eq. 12), with trailing timesteps so that the first one is the noisiest.
+    DDPM, which has no deterministic steps of its own, is replaced by DDIM on the same config (Song et al. 2021, Eq.
+    12); DDIM gets trailing timesteps, so that the first one is the noisiest. Tensors move to the network's device.
     """
-    if isinstance(denoiser.schedule, VPSchedule) and type(scheduler).__name__ == "DDPMScheduler":
+    if isinstance(scheduler, (DDPMScheduler, DDIMScheduler)):
         scheduler = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
-    scheduler.set_timesteps(num_inference_steps, device=noise.device)
+    device = next(denoiser.network.parameters()).device
+    noise, cond = noise.to(device), {k: v.to(device) for k, v in (cond or {}).items()}
+    scheduler.set_timesteps(num_inference_steps, device=device)
     x = noise * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
         output = denoiser.call_network(scheduler.scale_model_input(x, t), t, cond)
@@ -42,7 +43,9 @@ def save_grid(pixels: torch.Tensor, path: Path, columns: int, scale: int = 2) ->
     """Write uint8 pixels `(B, C, H, W)` as a PNG of rows of `columns` pictures, beside first and then renamed."""
     from PIL import Image
 
-    rows = [torch.cat(list(row), dim=2) for row in pixels.split(columns) if len(row) == columns]
+    missing = -len(pixels) % columns
+    pixels = torch.cat([pixels, pixels.new_full((missing, *pixels.shape[1:]), 255)])  # white where a row ends early
+    rows = [torch.cat(list(row), dim=2) for row in pixels.split(columns)]
     grid = torch.cat(rows, dim=1).permute(1, 2, 0).numpy()
     image = Image.fromarray(grid.squeeze(-1) if grid.shape[-1] == 1 else grid)
     image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)

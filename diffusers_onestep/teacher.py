@@ -43,7 +43,7 @@ class Teacher:
     """
 
     def __init__(self, pipeline: DiffusionPipeline, id2label: dict[int, str] | None = None):
-        if not hasattr(pipeline, "unet") or hasattr(pipeline, "text_encoder"):
+        if {name for name, part in pipeline.components.items() if part is not None} != {"unet", "scheduler"}:
             raise ValueError(
                 "`pipeline` must be a pixel pipeline of a `unet` and a `scheduler` (unconditional or by class label), "
                 f"but is {type(pipeline).__name__}."

@@ -21,18 +21,21 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from .arguments import TrainArguments
 from .denoiser import Denoiser
 from .methods.base import Batch, Distiller
+from .methods.score import ScoreDistiller
+from .repository import write_json
 
 logger = get_logger(__name__)
 
-_STATE = ("step", "images_seen", "train_seconds", "best_distance")  # what trainer_state.json holds
+_STATE = ("step", "images_seen", "train_seconds", "best_distance")  # what trainer_state.json holds, with the schedules
 
 
 class HalfLifeEMA(EMAModel):
@@ -48,6 +51,15 @@ class HalfLifeEMA(EMAModel):
         halflife = min(self.halflife_images, self.rampup_ratio * self.images_seen)
         return 0.5 ** (self.batch_size / max(halflife, 1e-8))
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The averaged weights, for safetensors."""
+        return {str(number): tensor.contiguous() for number, tensor in enumerate(self.shadow_params)}
+
+    def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take up the averaged weights that `tensors` gave."""
+        for number, shadow in enumerate(self.shadow_params):
+            shadow.copy_(tensors[str(number)])
+
     @contextmanager
     def applied(self, parameters: list[torch.nn.Parameter]):
         """Put the averaged weights into `parameters` for a while."""
@@ -59,7 +71,7 @@ class HalfLifeEMA(EMAModel):
             self.restore(parameters)
 
 
-def sample_generators(seed: int, step: int, places: Iterable[int]) -> list[torch.Generator]:
+def sample_generators(seed: int, step: int, places: Iterable[int | str]) -> list[torch.Generator]:
     """One CPU generator per place in the global batch of a step."""
     digests = (hashlib.blake2b(f"{seed}/{step}/{place}".encode(), digest_size=4).digest() for place in places)
     return [torch.Generator().manual_seed(int.from_bytes(digest, "little")) for digest in digests]
@@ -81,7 +93,8 @@ def train(
             `start(step, accelerator, gradient_accumulation_steps)` is asked for its iterator from there; any other
             iterable is advanced past what an earlier run has used.
         args (`TrainArguments`): settings of the loop.
-        save (callable, *optional*): writes the student, whose averaged weights are in place, into a folder.
+        save (callable, *optional*): writes the student, whose averaged weights are in place, into a folder. By default
+            a student that was made from a `Teacher` is saved as that teacher's repository would be.
         validate (callable, *optional*): writes sample pictures into a folder and returns numbers to log; the student
             with the lowest `"distance"` among them is kept in `output_dir/best`.
 
@@ -89,6 +102,10 @@ def train(
         FloatingPointError: when a loss is not finite; names method, network, step and the last good checkpoint.
         SystemExit: after SIGTERM or Ctrl-C, when the checkpoint is written.
     """
+    if save is None and validate is None and isinstance(distiller, ScoreDistiller):
+        from .distillation import student_hooks
+
+        save, validate = student_hooks(distiller, args)
     Trainer(distiller, args, save, validate).run(batches)
 
 
@@ -118,7 +135,7 @@ class Trainer:
             args.gradient_accumulation_steps = args.global_batch_size // micro_batch
         set_seed(args.seed)
         self.step, self.images_seen, self.train_seconds = 0, 0, 0.0
-        self.best_distance = math.inf
+        self.best_distance: float | None = None
         self._stop_signal = None
         self._prepare()
 
@@ -136,6 +153,9 @@ class Trainer:
             # share one backward, so the loop averages gradients itself.
             accelerator.prepare_model(network, evaluation_mode=True)
             self.parameters[name] = list(network.parameters())
+            if accelerator.num_processes > 1:  # all ranks start as rank 0
+                for tensor in (*network.parameters(), *network.buffers()):
+                    tensor.data.copy_(broadcast(tensor.data))
             rate = args.learning_rate
             if name == "fake_score" and args.fake_score_learning_rate is not None:
                 rate = args.fake_score_learning_rate
@@ -155,12 +175,10 @@ class Trainer:
                 num_warmup_steps=args.lr_warmup_steps,
                 num_training_steps=args.max_train_steps,
             )
-            accelerator.register_for_checkpointing(self.lr_schedulers[name])
             self.optimizers[name] = accelerator.prepare_optimizer(optimizer)
         self.ema = None
         if args.ema_halflife_kimg:
             self.ema = HalfLifeEMA(self.parameters["student"], 1000 * args.ema_halflife_kimg, args.ema_rampup_ratio)
-            accelerator.register_for_checkpointing(self.ema)
         self.max_grad_norm = self.distiller.max_grad_norm if args.max_grad_norm is None else args.max_grad_norm
 
     # the loop
@@ -169,10 +187,20 @@ class Trainer:
         args, accelerator = self.args, self.accelerator
         if args.resume_from_checkpoint:
             self.resume()
+        elif checkpoints(self.output_dir):
+            raise ValueError(
+                f"`output_dir` must hold no checkpoints of another run, but {str(self.output_dir)!r} does: give "
+                "another folder, or go on with --resume_from_checkpoint latest."
+            )
         if accelerator.is_main_process:
+            for later in checkpoints(self.output_dir):
+                if int(later.name[5:]) > self.step:
+                    remove_checkpoint(later)
             write_json(self.output_dir / "training_args.json", asdict(args))
             truncate_log(self.output_dir / "log.jsonl", self.step)
         accelerator.init_trackers("diffusers-onestep", config=_scalars(asdict(args)))
+        if self.step >= args.max_train_steps:  # perhaps stopped between the last checkpoint and the student
+            self.write_student()
         stream = self.stream(batches)
         bar = tqdm(
             total=args.max_train_steps, initial=self.step, disable=not accelerator.is_main_process, desc="training"
@@ -200,12 +228,11 @@ class Trainer:
     def train_step(self, micro_batches: list[Batch]) -> dict[str, float]:
         """One student update and all that belongs to it; returns the mean loss of each network."""
         count = len(micro_batches)
-        runs = [
-            self.distiller.updates(
-                self.to_device(batch) | {"step": self.step}, self.generators(number, batch["batch_size"])
-            )
-            for number, batch in enumerate(micro_batches)
-        ]
+        runs = []
+        for number, batch in enumerate(micro_batches):
+            (shared,) = sample_generators(self.args.seed, self.step, ["shared"])
+            own = self.generators(number, batch["batch_size"])
+            runs.append(self.distiller.updates(self.to_device(batch) | {"shared_generator": shared}, own))
         losses: dict[str, list[torch.Tensor]] = {}
         while True:
             items = []
@@ -239,8 +266,16 @@ class Trainer:
         optimizer, parameters = self.optimizers[name], self.parameters[name]
         if self.accelerator.num_processes > 1:
             average_gradients(self.accelerator, parameters)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if self.distiller.sanitize_gradients:
+            for gradient in gradients:
+                gradient.nan_to_num_(nan=0.0, posinf=1e5, neginf=-1e5)
         if self.max_grad_norm:
             self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm)
+        if self.accelerator.mixed_precision != "fp16":  # there the gradient scaler skips such steps
+            norm = torch.nn.utils.get_total_norm(gradients)
+            if not torch.isfinite(norm):
+                self.fail(name, norm, "gradient norm")
         optimizer.step()
         for other in self.optimizers.values():
             other.zero_grad()
@@ -260,10 +295,10 @@ class Trainer:
         moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
         return moved | {"cond": {k: v.to(device) for k, v in batch.get("cond", {}).items()}}
 
-    def fail(self, name: str, loss: torch.Tensor) -> None:
+    def fail(self, name: str, value: torch.Tensor, what: str = "loss") -> None:
         last = latest_checkpoint(self.output_dir)
         raise FloatingPointError(
-            f"{type(self.distiller).__name__}: the loss of network {name!r} is {loss.item()} at step {self.step}. "
+            f"{type(self.distiller).__name__}: the {what} of network {name!r} is {value.item()} at step {self.step}. "
             f"Last good checkpoint: {last or 'none'}. Lower `learning_rate` or use `mixed_precision` 'no'."
         )
 
@@ -312,18 +347,26 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(beside))
         if self.accelerator.is_main_process:
+            if self.ema is not None:
+                save_file(self.ema.tensors(), beside / "ema.safetensors")
             state = {name: getattr(self, name) for name in _STATE}
-            write_json(beside / "trainer_state.json", state)
+            schedules = {name: scheduler.state_dict() for name, scheduler in self.lr_schedulers.items()}
+            write_json(beside / "trainer_state.json", state | {"lr_schedulers": schedules})
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            shutil.rmtree(final, ignore_errors=True)
+            if final.exists():
+                remove_checkpoint(final)
             os.replace(beside, final)
             if self.args.checkpoints_total_limit:
                 for old in checkpoints(self.output_dir)[: -self.args.checkpoints_total_limit]:
-                    shutil.rmtree(old)
-            if self.save_student is not None:
-                with self.averaged(), torch.no_grad():
-                    self.save_student(self.output_dir)
+                    remove_checkpoint(old)
+        self.write_student()
+
+    def write_student(self) -> None:
+        """The student as it stands, into the output folder."""
+        if self.accelerator.is_main_process and self.save_student is not None:
+            with self.averaged(), torch.no_grad():
+                self.save_student(self.output_dir)
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> None:
@@ -339,6 +382,10 @@ class Trainer:
         state = json.loads((path / "trainer_state.json").read_text())
         for name in _STATE:
             setattr(self, name, state[name])
+        for name, scheduler in self.lr_schedulers.items():
+            scheduler.load_state_dict(state["lr_schedulers"][name])
+        if self.ema is not None:
+            self.ema.load_tensors(load_file(path / "ema.safetensors"))
 
     # what a person looks at
 
@@ -361,10 +408,13 @@ class Trainer:
         if self.validate is not None and self.accelerator.is_main_process:
             with self.averaged(), torch.no_grad():
                 values = self.validate(self.output_dir)
-                if values.get("distance", math.inf) < self.best_distance and self.save_student is not None:
-                    self.best_distance = values["distance"]
+                distance = values.get("distance", math.inf)
+                best = math.inf if self.best_distance is None else self.best_distance
+                if distance < best and self.save_student is not None:
+                    self.best_distance = distance
                     self.save_student(self.output_dir / "best")
-            self.write_log(values)
+            if values:
+                self.write_log(values)
         self.accelerator.wait_for_everyone()
 
     def log(self, losses: dict[str, float]) -> None:
@@ -397,15 +447,16 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted((Path(output_dir) / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
 
 
+def remove_checkpoint(path: Path) -> None:
+    """Hide it first: a checkpoint is complete or absent."""
+    hidden = path.with_name(f".{path.name}.removing")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.replace(path, hidden)
+    shutil.rmtree(hidden)
+
+
 def latest_checkpoint(output_dir: Path) -> Path | None:
     return next(reversed(checkpoints(output_dir)), None)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write beside, then rename."""
-    beside = path.with_name(f".{path.name}.writing")
-    beside.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(beside, path)
 
 
 def truncate_log(path: Path, step: int) -> None:

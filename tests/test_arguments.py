@@ -38,7 +38,9 @@ def test_published_numbers():
     assert SID_PRESETS["cifar10-uncond"]["max_train_steps"] == 1_953_125
     assert SID_PRESETS["ffhq64"]["student_adam_beta1"] == 0.9
     assert DMD_PRESETS["dmd2-imagenet64"]["max_train_steps"] == 40_000
-    assert DMD_PRESETS["dmd2-sdxl-4step"]["student_timesteps"] == [999, 749, 499, 249]
+    assert DMD_PRESETS["cifar10-cond"]["train_batch_size"] == 56
+    for preset in (*SID_PRESETS.values(), *DMD_PRESETS.values()):
+        assert preset["global_batch_size"] % preset["train_batch_size"] == 0
 
 
 @pytest.mark.parametrize("name", ["a.yaml", "a.json"])
@@ -49,6 +51,14 @@ def test_file_beats_preset_and_command_line_beats_file(tmp_path, name):
     args = parse_args(SID, flags, SID_PRESETS)
     assert (args.alpha, args.learning_rate, args.global_batch_size) == (0.5, 3e-5, 256)
     assert args.output_dir == "from-file"
+
+
+@pytest.mark.parametrize("text", ["preset: cifar10-cond\n", "config: other.yaml\n"])
+def test_a_file_cannot_name_another_source(tmp_path, text, capsys):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        parse_args(SID, [*REQUIRED, "--config", str(tmp_path / "a.yaml")], SID_PRESETS)
+    assert "`config` must not name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [["--learning_rat", "1"], ["--preset", "cifar100"], ["--alpha", "big"]])

@@ -45,7 +45,7 @@ def forward_flops():
         (DMD, {}, 8),  # 3F + 2F, and 3F on the student's own samples
         (DMD, {"fake_score_updates": 3}, 8 + 2 * 4),
         (SiD, {}, 11),  # 4F + 7F
-        (SiD, {"sequential": True}, 13),
+        (SiD, {"sequential": True}, 14),
     ],
 )
 def test_flops_of_an_iteration_are_within_two_percent_of_the_bound(method, options, bound):
@@ -93,7 +93,7 @@ def peak_saved_bytes(work, parameters):
     return peak[0]
 
 
-@pytest.mark.parametrize("method, options, networks", [(DMD, {}, 1), (SiD, {}, 3), (SiD, {"sequential": True}, 2)])
+@pytest.mark.parametrize("method, options, networks", [(DMD, {}, 1), (SiD, {}, 3), (SiD, {"sequential": True}, 1)])
 def test_saved_activations_of_a_student_step(method, options, networks):
     net = network()
     one = peak_saved_bytes(lambda: net(torch.randn(2, 4, 16, 16), torch.tensor([1, 2])).sample, net.parameters())
@@ -102,9 +102,11 @@ def test_saved_activations_of_a_student_step(method, options, networks):
     parameters = [p for module in modules for p in module.parameters()]
 
     def step():
-        with distiller.learning("student"):
-            return distiller.student_loss(distiller.generate(BATCH), BATCH)
+        distiller.learn("student")
+        return distiller.student_loss(distiller.generate(BATCH), BATCH)
 
     pixels = 2 * 4 * 16 * 16 * 4
     peak = peak_saved_bytes(step, parameters)
-    assert (networks - 1) * one < peak <= networks * one + 20 * pixels
+    # SiD's plain step holds three: each score network's graph is needed for the gradient in x_t, and one at a time
+    # costs more forwards than the bound of 11 has
+    assert peak <= networks * one + 20 * pixels

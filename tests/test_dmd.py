@@ -36,10 +36,13 @@ def test_i2_i3_kl_gradient_of_gaussians(schedule, prediction_type, t):
     assert (weight * difference * z).sum().item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_i4_matched_gaussians_give_zero_pointwise():
-    teacher, fake = gaussian_denoiser(VP, "epsilon", 0.3, 0.5), gaussian_denoiser(VP, "epsilon", 0.3, -0.5)
+def test_i4_matched_gaussians_give_no_gradient_pointwise():
+    """The same data seen by an epsilon and by a v network."""
+    teacher, fake = gaussian_denoiser(VP, "epsilon", 0.3, 0.5), gaussian_denoiser(VP, "v_prediction", 0.3, 0.5)
     x_t, t = torch.randn(6, 1, 2, 2, dtype=torch.float64), torch.tensor([1, 50, 200, 440, 800, 999])
-    torch.testing.assert_close(teacher(x_t, t), fake(x_t, t))
+    x0 = torch.randn(6, 1, 2, 2, dtype=torch.float64, requires_grad=True)
+    distribution_matching_loss(x0, teacher(x_t, t), fake(x_t, t)).backward()
+    assert x0.grad.abs().max() < 1e-6
 
 
 def test_i5_gradient_and_value():
@@ -77,9 +80,9 @@ def test_i24_floor_keeps_the_gradient_finite():
 
 def test_i8_fake_score_equal_to_teacher_gives_zero_and_guidance_gives_its_difference():
     distiller = DMD(small_teacher())
-    with distiller.learning("student"):
-        x0 = distiller.generate(BATCH)
-        assert distiller.student_loss(x0, BATCH).item() == 0
+    distiller.learn("student")
+    x0 = distiller.generate(BATCH)
+    assert distiller.student_loss(x0, BATCH).item() == 0
     negative = {"class_labels": torch.tensor([2])}
     teacher = GuidedDenoiser(small_teacher(), 3.0, negative)
     distiller = DMD(teacher)
@@ -153,27 +156,6 @@ def test_i14_exact_scores_bring_the_student_to_the_teacher():
     torch.testing.assert_close(parameters.data, torch.tensor([m, s], dtype=torch.float64), atol=1e-6, rtol=0)
 
 
-def test_i15_fake_score_lag_rings_at_ratio_one_and_not_at_five():
-    """The specification's linear model of the two time scales, and its criterion."""
-    c = rho = 0.05
-
-    def crossings(ratio):
-        a, a_hat, signs = 1.0, 1.0, []
-        for _ in range(2000):
-            a -= c * a_hat
-            for _ in range(ratio):
-                a_hat += rho * (a - a_hat)
-            if abs(a) > 1e-12:
-                signs.append(a > 0)
-        return sum(x != y for x, y in zip(signs, signs[1:], strict=False))
-
-    for ratio in (1, 5, 10):
-        q = (1 - rho) ** ratio
-        oscillation_free = c <= (1 - math.sqrt(q)) / (1 + math.sqrt(q))
-        assert (crossings(ratio) == 0) == oscillation_free
-    assert crossings(1) > 0 and crossings(5) == 0
-
-
 def test_i16_gan_losses_at_matched_distributions_and_their_gradients():
     zero = torch.zeros(8, 1, requires_grad=True)
     critic, student = gan_losses(torch.zeros(8, 1), zero)
@@ -183,11 +165,9 @@ def test_i16_gan_losses_at_matched_distributions_and_their_gradients():
     # at the optimal logit log p_real - log p_fake the critic's expected gradient vanishes
     z, _, weight = hermite_grid()
     shift = 0.8
-    real, fake = z + shift, z
     scale = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
-    logit = lambda x: scale * (shift * x - shift**2 / 2)  # noqa: E731
-    softplus = torch.nn.functional.softplus
-    loss = (weight * (softplus(logit(fake)) + softplus(-logit(real)))).sum()
+    real, fake = (scale * (shift * x - shift**2 / 2) for x in (z + shift, z))
+    loss = sum(w * gan_losses(r.reshape(1), f.reshape(1))[0] for r, f, w in zip(real, fake, weight, strict=True))
     assert torch.autograd.grad(loss, scale)[0].item() == pytest.approx(0, abs=1e-6)
 
 
@@ -209,12 +189,12 @@ def test_i17_i19_routing_order_and_ratio():
 def test_i17_the_gan_loss_alone_moves_the_student_and_trains_the_encoder():
     distiller = DMD(small_teacher(), gan_weight=1.0)
     x0 = torch.randn(4, 1, 16, 16, requires_grad=True)
-    with distiller.learning("student"):
-        gan_losses(None, distiller.logits(x0, BATCH))[1].backward()
+    distiller.learn("student")
+    gan_losses(None, distiller.logits(x0, BATCH))[1].backward()
     assert x0.grad.abs().max() > 0
     assert all(p.grad is None for p in distiller.trainable["fake_score"].parameters())
-    with distiller.learning("fake_score"):
-        gan_losses(None, distiller.logits(x0.detach(), BATCH))[0].backward()
+    distiller.learn("fake_score")
+    gan_losses(None, distiller.logits(x0.detach(), BATCH))[0].backward()
     assert distiller.fake_score.network.conv_in.weight.grad.abs().max() > 0
     assert distiller.head.layers[0].weight.grad.abs().max() > 0
 
@@ -238,14 +218,18 @@ def test_i20_backward_simulation():
     inputs = []
     distiller.student.network.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     seen = set()
+
+    def shared(step):
+        return BATCH | {"shared_generator": torch.Generator().manual_seed(step)}
+
     for step in range(20):
         calls.clear(), inputs.clear()
-        distiller.generate(BATCH | {"step": step}, torch.Generator().manual_seed(0))
+        distiller.generate(shared(step), torch.Generator().manual_seed(0))
         assert calls[-1] and not any(calls[:-1])
         torch.testing.assert_close(inputs[0], normal((4, 1, 16, 16), torch.Generator().manual_seed(0)))
         first = len(calls)
         calls.clear()
-        distiller.generate(BATCH | {"step": step}, torch.Generator().manual_seed(9))
+        distiller.generate(shared(step), torch.Generator().manual_seed(9))
         assert len(calls) == first  # shared by every rank, whatever its noise
         seen.add(first)
     assert seen == {1, 2, 3, 4}

@@ -3,13 +3,19 @@ import pytest
 import torch
 
 from diffusers_onestep.features import FashionCNN, reference_moments
-from diffusers_onestep.metrics import frechet_distance, frechet_distance_of_moments, moments
+from diffusers_onestep.metrics import (
+    frechet_distance,
+    frechet_distance_of_moments,
+    kernel_distance,
+    moments,
+    precision_recall,
+)
 
 
 def test_frechet_distance_of_gaussians_with_diagonal_covariances():
     mean_a, mean_b = torch.tensor([1.0, 2.0]).double(), torch.tensor([0.0, 4.0]).double()
     std_a, std_b = torch.tensor([0.5, 2.0]).double(), torch.tensor([1.5, 1.0]).double()
-    expected = (1 + 4 + 1 + 1).__float__()
+    expected = 1.0 + 4.0 + 1.0 + 1.0
     got = frechet_distance_of_moments(mean_a, torch.diag(std_a**2), mean_b, torch.diag(std_b**2))
     assert got == pytest.approx(expected)
 
@@ -25,6 +31,31 @@ def test_frechet_distance_is_symmetric_zero_at_equality_and_takes_arrays():
 def test_rank_deficient_features_are_fine():
     a = torch.randn(5, 20)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_kernel_distance_is_the_mean_over_pairs_and_unbiased():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(5, 3, generator=generator).double(), torch.randn(4, 3, generator=generator).double() + 1
+
+    def kernel(x, y):
+        return ((x @ y).item() / 3 + 1) ** 3
+
+    same_a = [kernel(a[i], a[j]) for i in range(5) for j in range(5) if i != j]
+    same_b = [kernel(b[i], b[j]) for i in range(4) for j in range(4) if i != j]
+    cross = [kernel(x, y) for x in a for y in b]
+    mean = lambda values: sum(values) / len(values)  # noqa: E731
+    assert kernel_distance(a, b) == pytest.approx(mean(same_a) + mean(same_b) - 2 * mean(cross))
+    draws = [kernel_distance(*torch.randn(2, 20, 3, generator=generator)) for _ in range(400)]
+    assert abs(mean(draws)) < 0.1
+
+
+def test_precision_and_recall_of_known_sets():
+    line = torch.arange(20.0)[:, None]
+    assert precision_recall(line, line) == (1.0, 1.0)
+    assert precision_recall(line, line + 100) == (0.0, 0.0)
+    half = torch.cat([line[:10], line[:10] + 0.1])  # all within the real ones, but covering only half of them
+    precision, recall = precision_recall(line, half)
+    assert precision == 1.0 and recall == 11 / 20  # the eleventh lies in the ball of the tenth
 
 
 def test_bad_features_are_refused():

@@ -106,7 +106,7 @@ def test_compatible_with_stock_configs():
     torch.testing.assert_close(ours.alphas_cumprod, ddpm.alphas_cumprod)
     assert ours.config.prediction_type == "v_prediction"
     assert isinstance(DDPMScheduler.from_config(ours.config), DDPMScheduler)
-    assert OneStepScheduler in ours.compatibles or DDPMScheduler in ours.compatibles
+    assert DDPMScheduler in ours.compatibles
 
 
 def test_free_step_counts_are_trailing():

@@ -176,9 +176,9 @@ def test_10_sequential_path_equals_autograd():
         with torch.no_grad():
             for parameter in distiller.fake_score.network.parameters():
                 parameter += 0.01
-        with distiller.learning("student"):
-            x0 = distiller.generate(BATCH, torch.Generator().manual_seed(1))
-            loss = distiller.student_loss(x0, BATCH, torch.Generator().manual_seed(2))
+        distiller.learn("student")
+        x0 = distiller.generate(BATCH, torch.Generator().manual_seed(1))
+        loss = distiller.student_loss(x0, BATCH, torch.Generator().manual_seed(2))
         loss.backward()
         gradients = [p.grad for p in distiller.student.network.parameters() if p.grad is not None]
         results.append((loss, torch.cat([g.flatten() for g in gradients])))
@@ -276,10 +276,10 @@ def test_16_noise_per_sample_does_not_depend_on_the_split():
 
 def test_dropout_is_on_only_where_a_network_learns():
     distiller = small_sid()
-    with distiller.learning("fake_score"):
-        assert distiller.fake_score.network.training and not distiller.student.network.training
-    with distiller.learning("student"):
-        assert distiller.student.network.training and not distiller.fake_score.network.training
+    distiller.learn("fake_score")
+    assert distiller.fake_score.network.training and not distiller.student.network.training
+    distiller.learn("student")
+    assert distiller.student.network.training and not distiller.fake_score.network.training
     assert not distiller.teacher.network.training
 
 

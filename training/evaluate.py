@@ -6,25 +6,23 @@
 writes `metrics.json`, `samples.png` (teacher above the first student, same noises) and `quality.png`.
 """
 
-import os
-import platform
 import sys
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
-import torch
+from accelerate import PartialState
 
 from diffusers_onestep import OneStepPipeline, Teacher, evaluate
 from diffusers_onestep.arguments import parse_args
-from diffusers_onestep.evaluation import as_records, comparison_grid, markdown_table, quality_plot
-from diffusers_onestep.trainer import write_json
+from diffusers_onestep.evaluation import comparison_grid, markdown_table, quality_plot, write_metrics
 
 
 @dataclass
 class EvaluateArguments:
-    output_dir: str = field(metadata={"help": "Where the numbers and pictures go."})
     model: list[str] = field(default_factory=list, metadata={"help": "Students: folders, Hub ids or shipped names."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where the numbers and pictures go; default: the first student's folder."}
+    )
     pretrained_teacher_model: str | None = field(default=None, metadata={"help": "Their teacher."})
     teacher_steps: list[int] = field(
         default_factory=lambda: [1, 2, 5, 10, 20, 50], metadata={"help": "Steps at which to sample the teacher."}
@@ -36,7 +34,12 @@ class EvaluateArguments:
 
 
 def main(args: EvaluateArguments) -> None:
-    output_dir = Path(args.output_dir)
+    state = PartialState()
+    if not state.is_main_process:
+        return
+    if args.output_dir is None and not (args.model and Path(args.model[0]).is_dir()):
+        raise ValueError("`output_dir` must be given unless the first `model` is a folder, but is None.")
+    output_dir = Path(args.output_dir or args.model[0])
     output_dir.mkdir(parents=True, exist_ok=True)
     shared = {
         "num_samples": args.num_samples,
@@ -44,27 +47,22 @@ def main(args: EvaluateArguments) -> None:
         "seed": args.seed,
         "reference": args.reference,
     }
-    teacher = Teacher.from_pretrained(args.pretrained_teacher_model) if args.pretrained_teacher_model else None
+    teacher = None
+    if args.pretrained_teacher_model:
+        teacher = Teacher.from_pretrained(args.pretrained_teacher_model, device=state.device)
     rows = []
-    students = {Path(path).name: OneStepPipeline.from_pretrained(path) for path in args.model}
-    for name, pipeline in students.items():
+    students = [OneStepPipeline.from_pretrained(path).to(state.device) for path in args.model]
+    for name, pipeline in zip(args.model, students, strict=True):
         rows.append(evaluate(pipeline, name=name, **shared))
         print(rows[-1], flush=True)
     for steps in args.teacher_steps if teacher else []:
         rows.append(evaluate(teacher, name="teacher", num_inference_steps=steps, **shared))
         print(rows[-1], flush=True)
     print(markdown_table(rows))
-    content = {
-        "command": " ".join(["accelerate launch", *sys.argv]),
-        "seed": args.seed,
-        "versions": {name: version(name) for name in ("diffusers-onestep", "torch", "diffusers")},
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "results": as_records(rows),
-    }
-    write_json(output_dir / "metrics.json", content)
+    write_metrics(output_dir / "metrics.json", rows, command=" ".join(["accelerate launch", *sys.argv]))
     quality_plot(rows, output_dir / "quality.png")
     if teacher and students:
-        pipeline = next(iter(students.values()))
+        pipeline = students[0]
         comparison_grid(
             teacher,
             lambda noise, cond: pipeline(latents=noise, output_type="latent", **cond).images,

@@ -12,8 +12,7 @@ from diffusers import DiffusionPipeline
 
 import diffusers_onestep  # noqa: F401 (registers its classes with the loader)
 from diffusers_onestep import OneStepPipeline
-from diffusers_onestep.repository import ASSETS, write_repository
-from diffusers_onestep.trainer import write_json
+from diffusers_onestep.repository import ASSETS, write_json, write_repository
 
 
 def main(folder: str, name: str) -> None:

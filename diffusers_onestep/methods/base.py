@@ -3,7 +3,6 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,13 +60,15 @@ class Distiller(ABC):
     """A method: networks to train, and the paper's algorithm box as a generator of losses.
 
     `updates(batch)` yields `(name, loss)`; the loop steps network `name` before it asks for the next loss. With
-    gradient accumulation the loop runs one such generator per micro-batch in lock step.
+    gradient accumulation the loop runs one such generator per micro-batch in lock step. Draws that the whole global
+    batch shares come from `batch["shared_generator"]`, if it is there.
     """
 
     paper: Paper
     student: Denoiser
     sample_shape: tuple[int, int, int]
     max_grad_norm: float | None = None
+    sanitize_gradients: bool = False  # replace non-finite gradients, as SiD does, instead of stopping
 
     @property
     @abstractmethod
@@ -82,10 +83,3 @@ class Distiller(ABC):
     def diagnostics(self) -> dict[str, torch.Tensor]:
         """Numbers of the last update worth logging, detached."""
         return {}
-
-    @contextmanager
-    def training_only(self, name: str):
-        """Give gradients to the parameters of network `name` and to no other."""
-        for other, network in self.trainable.items():
-            network.requires_grad_(other == name)
-        yield

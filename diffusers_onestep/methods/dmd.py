@@ -72,9 +72,7 @@ class Bottleneck:
 
     def __init__(self, network: nn.Module):
         named = dict(network.named_modules())
-        middle = next(
-            (m for name, m in named.items() if name.rpartition(".")[2] == "mid_block" and m is not None), None
-        )
+        middle = next((m for name, m in named.items() if name.rpartition(".")[2] == "mid_block"), None)
         if middle is None:
             raise ValueError(
                 f"`gan_weight` needs a U-Net with a `mid_block`, but the teacher is {type(network).__name__}."

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..denoiser import Cond, Denoiser, GuidedDenoiser
-from ..schedules import EDMSchedule
+from ..schedules import EDMSchedule, VPSchedule
 from .base import Batch, Distiller, Generators, copy_denoiser, normal, sample_shape_of, uniform
 
 
@@ -50,7 +50,15 @@ class ScoreDistiller(Distiller):
         bare = isinstance(teacher, (Denoiser, GuidedDenoiser))
         self.teacher: Denoiser | GuidedDenoiser = teacher if bare else teacher.denoiser
         self.teacher.requires_grad_(False).eval()
-        self.student = copy_denoiser(student or self.teacher)
+        self.origin = teacher
+        self.student = copy_denoiser(self.teacher)
+        if student is not None:
+            if student.prediction_type != self.teacher.prediction_type:
+                raise ValueError(
+                    f"`student` must predict what the teacher does ({self.teacher.prediction_type!r}), "
+                    f"but predicts {student.prediction_type!r}."
+                )
+            self.student.network = copy_denoiser(student).network  # on the teacher's schedule
         self.fake_score = copy_denoiser(self.teacher)
         self.fake_score_updates = fake_score_updates
         schedule = self.teacher.schedule
@@ -58,8 +66,12 @@ class ScoreDistiller(Distiller):
             t_start = schedule.t_max if start_ratio is None else schedule.timestep(start_ratio).item()
             student_timesteps = [t_start]
         self.student_timesteps = list(student_timesteps)
-        if any(a <= b for a, b in zip(self.student_timesteps, self.student_timesteps[1:], strict=False)):
-            raise ValueError(f"`student_timesteps` must fall (noisiest first), but are {self.student_timesteps}.")
+        steps, low, high = self.student_timesteps, schedule.t_min, schedule.t_max
+        falls = all(a > b for a, b in zip(steps, steps[1:], strict=False))
+        if not falls or steps[0] > high + 1e-4 or steps[-1] < low - 1e-4:
+            raise ValueError(f"`student_timesteps` must fall and lie between {low} and {high}, but are {steps}.")
+        if isinstance(schedule, VPSchedule):
+            self.student_timesteps = [int(t) for t in steps]
         _, sigma = schedule.alpha_sigma(torch.tensor(self.student_timesteps[:1], dtype=torch.float64))
         unit = not self.signal_free and not isinstance(schedule, EDMSchedule)
         self.init_noise_sigma = 1.0 if unit else sigma.item()
@@ -78,51 +90,55 @@ class ScoreDistiller(Distiller):
     def updates(self, batch, generator=None):
         reusable = None
         if self.student_first:
-            with self.learning("student"):
-                reusable = self.generate(batch, generator)
-                loss = self.student_loss(reusable, batch, generator)
+            self.learn("student")
+            reusable = self.generate(batch, generator)
+            loss = self.student_loss(reusable, batch, generator)
             reusable = reusable.detach()
             yield "student", loss
             del loss
         for _ in range(self.fake_score_updates):
-            with self.learning("fake_score"):
-                if reusable is None:
-                    with torch.no_grad():
-                        reusable = self.generate(batch, generator)
-                loss = self.fake_score_loss(reusable, batch, generator)
+            self.learn("fake_score")
+            if reusable is None:
+                with torch.no_grad():
+                    reusable = self.generate(batch, generator)
+            loss = self.fake_score_loss(reusable, batch, generator)
             yield "fake_score", loss
             del loss
             reusable = None
         if not self.student_first:
-            with self.learning("student"):
-                loss = self.student_loss(self.generate(batch, generator), batch, generator)
+            self.learn("student")
+            loss = self.student_loss(self.generate(batch, generator), batch, generator)
             yield "student", loss
 
-    def learning(self, name: str):
-        """Gradients for network `name` alone, and dropout, if the paper has it, in no other."""
+    def learn(self, name: str) -> None:
+        """From now on gradients reach network `name` alone, and dropout, if the paper has it, is on in no other."""
         for other, network in self.trainable.items():
+            network.requires_grad_(other == name)
             network.train(self.dropout and other == name)
-        return self.training_only(name)
 
     def generate(self, batch: Batch, generator: Generators = None) -> torch.Tensor:
         """Samples of the student, `(B, C, H, W)`.
 
         A few-step student runs to a step that is drawn once for the whole global batch and keeps the graph of that
-        step alone: DMD2's backward simulation (Yin et al. 2024, Sec. 4.5).
+        step alone: DMD2's backward simulation (Yin et al. 2024, Sec. 4.5). Every call draws anew; conditions stay
+        those of the batch, where DMD2 takes fresh ones for each fake-score update.
         """
         device = next(self.student.network.parameters()).device
         shape = (batch["batch_size"], *self.sample_shape)
         cond, steps = batch.get("cond"), self.student_timesteps
         last = 0
         if len(steps) > 1:
-            drawn_for = batch.get("step", 0)
-            last = int(torch.randint(len(steps), (), generator=torch.Generator().manual_seed(drawn_for)))
+            last = int(torch.randint(len(steps), (), generator=batch.get("shared_generator")))
         x_t = self.init_noise_sigma * normal(shape, generator, device)
         with torch.no_grad():
             for t, t_next in zip(steps[:last], steps[1 : last + 1], strict=True):
                 x0 = self.student(x_t, self._full(t, x_t), cond)
                 x_t = self.student.add_noise(x0, normal(shape, generator, device), self._full(t_next, x_t))
-        return self.student(x_t, self._full(steps[last], x_t), cond)
+        return self.last_step(x_t, self._full(steps[last], x_t), cond)
+
+    def last_step(self, x_t: torch.Tensor, t: torch.Tensor, cond: Cond | None) -> torch.Tensor:
+        """The one student call that keeps a graph."""
+        return self.student(x_t, t, cond)
 
     @torch.no_grad()
     def sample(self, noise: torch.Tensor, cond: Cond | None = None, generator: Generators = None) -> torch.Tensor:
@@ -149,12 +165,17 @@ class ScoreDistiller(Distiller):
             x_t = self.student.add_noise(x0, normal(x0.shape, generator, x0.device), t)
             teacher_x0 = self.teacher(x_t, t, batch.get("cond"))
             fake_x0 = self.fake_score(x_t, t, batch.get("cond"))
-        with torch.no_grad():
-            d = (teacher_x0 - fake_x0).flatten(1)
-            gap = (d**2).sum(1).mean()
-            lag = (d * (fake_x0 - x0).flatten(1)).sum(1).mean() / gap.clamp(min=1e-12)
-            self._diagnostics = {"score_gap": gap, "fake_score_lag": lag}
+        self.diagnose(x0, teacher_x0, fake_x0)
         return teacher_x0, fake_x0
+
+    @torch.no_grad()
+    def diagnose(self, x0: torch.Tensor, teacher_x0: torch.Tensor, fake_x0: torch.Tensor) -> None:
+        """Keep `E|d|**2` with `d = teacher_x0 - fake_x0`, the real objective, and the fake score's lag along `d`,
+        `E[d * (fake_x0 - x0)] / E|d|**2`, which is 0 where the fake score is optimal."""
+        d = (teacher_x0 - fake_x0).flatten(1)
+        gap = (d**2).sum(1).mean()
+        lag = (d * (fake_x0 - x0).flatten(1)).sum(1).mean() / gap.clamp(min=1e-12)
+        self._diagnostics = {"score_gap": gap, "fake_score_lag": lag}
 
     # what a method decides
 

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from ..denoiser import Denoiser
 from ..schedules import EDMSchedule, FlowSchedule, VPSchedule, karras_sigma
@@ -54,7 +55,7 @@ class SiD(ScoreDistiller):
         loss_scale (`float`, *optional*, defaults to 100.0): factor on the student's loss; matters for Adam's epsilon
             and fp16.
         sequential (`bool`, *optional*, defaults to `False`): backpropagate through one score network at a time: peak
-            activations of two networks instead of three, for two more forwards.
+            activations of one network instead of three, for three more forwards.
         student, student_timesteps, fake_score_updates, sample_shape: see `ScoreDistiller`.
     """
 
@@ -65,6 +66,7 @@ class SiD(ScoreDistiller):
         citation="Zhou, Zheng, Wang, Yin, Huang, ICML 2024",
     )
     through_scores, signal_free, student_first, dropout = True, True, False, True
+    sanitize_gradients = True
 
     def __init__(
         self,
@@ -100,11 +102,16 @@ class SiD(ScoreDistiller):
         teacher_x0, fake_x0 = self.scores(x0, batch, generator)
         return self.loss_scale * sid_loss(x0, teacher_x0, fake_x0, alpha=self.alpha)
 
+    def last_step(self, x_t, t, cond):
+        if self.sequential and torch.is_grad_enabled():
+            return checkpoint(self.student, x_t, t, cond, use_reentrant=False)
+        return super().last_step(x_t, t, cond)
+
     def sequential_loss(self, x0, batch, generator=None):
         """The same value and gradient as `sid_loss`, with one score network's activations at a time.
 
         Gradients of the loss in its three arguments come from a pass without graph; each network is then run again
-        for its vector-Jacobian product (specification, Sec. 3).
+        for its vector-Jacobian product, and the student again in the backward pass.
         """
         cond, leaf = batch.get("cond"), x0.detach().requires_grad_(True)
         t = self.student_level(x0.shape[0], generator, x0.device)
@@ -112,6 +119,7 @@ class SiD(ScoreDistiller):
         with torch.no_grad():
             x_t = self.student.add_noise(leaf, noise, t)
             predictions = [network(x_t, t, cond) for network in (self.teacher, self.fake_score)]
+        self.diagnose(x0, *predictions)
         teacher_x0, fake_x0 = (p.requires_grad_(True) for p in predictions)
         with torch.enable_grad():
             loss = sid_loss(leaf, teacher_x0, fake_x0, alpha=self.alpha)

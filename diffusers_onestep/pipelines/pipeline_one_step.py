@@ -15,6 +15,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..conditions import Labels, label_ids, named_labels
+from ..methods.base import uniform
 from ..repository import resolve_model
 from ..schedulers import OneStepScheduler
 
@@ -158,9 +159,8 @@ class OneStepPipeline(DiffusionPipeline):
                 raise ValueError(f"`class_labels` must be None for an unconditional student, but is {class_labels!r}.")
             return None
         if class_labels is None:
-            first = generator[0] if isinstance(generator, list) else generator
-            device = first.device if first is not None else None
-            return torch.randint(self.num_labels, (batch_size,), generator=first, device=device)
+            draws = uniform(batch_size, generator[:batch_size] if isinstance(generator, list) else generator)
+            return (draws * self.num_labels).long()
         ids = label_ids(class_labels, self.num_labels, self.id2label)
         if len(ids) not in (1, batch_size):
             raise ValueError(
@@ -206,23 +206,20 @@ class OneStepPipeline(DiffusionPipeline):
             ValueError: on arguments that the student cannot serve, naming what is allowed.
         """
         # 1. Check inputs
+        if num_images_per_prompt < 1:
+            raise ValueError(f"`num_images_per_prompt` must be at least 1, but is {num_images_per_prompt}.")
         if batch_size is None:
             if isinstance(class_labels, (list, tuple, torch.Tensor)):
                 batch_size = len(class_labels)
             else:
                 batch_size = 1 if latents is None else len(latents) // num_images_per_prompt
-        for name, value in (("batch_size", batch_size), ("num_images_per_prompt", num_images_per_prompt)):
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, but is {value}.")
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, but is {batch_size}.")
         num_images = batch_size * num_images_per_prompt
         self.check_inputs(
             num_images, num_inference_steps, guidance_scale, generator, latents, callback_on_step_end_tensor_inputs
         )
         device = self._execution_device
-        labels = self.prepare_labels(class_labels, batch_size, generator)
-        cond = {}
-        if labels is not None:
-            cond["class_labels"] = labels.to(device).repeat_interleave(num_images_per_prompt)
 
         # 2. Prepare timesteps
         self.scheduler.set_timesteps(num_inference_steps or self.student_steps or 1, device=device)
@@ -233,7 +230,13 @@ class OneStepPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
         latents = latents.to(device, self.unet.dtype) * self.scheduler.init_noise_sigma
 
-        # 4. One student call per timestep
+        # 4. Prepare labels, after the latents: these are the stock pipeline's whatever the labels
+        labels = self.prepare_labels(class_labels, batch_size, generator)
+        cond = {}
+        if labels is not None:
+            cond["class_labels"] = labels.to(device).repeat_interleave(num_images_per_prompt)
+
+        # 5. One student call per timestep
         noisy = "generator" in inspect.signature(self.scheduler.step).parameters
         step_kwargs = {"generator": generator} if noisy else {}
         with self.progress_bar(total=len(self.scheduler.timesteps)) as progress_bar:
@@ -246,7 +249,7 @@ class OneStepPipeline(DiffusionPipeline):
                     latents = callback_on_step_end(self, i, t, tensors).get("latents", latents)
                 progress_bar.update()
 
-        # 5. Decode
+        # 6. Decode
         images = latents if output_type == "latent" else self.image_processor.postprocess(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -129,7 +129,9 @@ class OneStepScheduler(SchedulerMixin, ConfigMixin):
         """What the network sees of `sample`: scaled for EDM teachers, unchanged for all others."""
         if not isinstance(self.schedule, EDMSchedule):
             return sample
-        return scale_input(self.schedule, self.config.prediction_type, sample, self._as_batch(timestep, sample))
+        work = sample.to(torch.promote_types(sample.dtype, torch.float32))
+        scaled = scale_input(self.schedule, self.config.prediction_type, work, self._as_batch(timestep, sample))
+        return scaled.to(sample.dtype)
 
     def step(
         self,
