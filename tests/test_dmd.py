@@ -136,6 +136,15 @@ def test_i13_draws_reach_their_ends_per_sample():
     assert sigma.max().item() == pytest.approx(72.05, rel=1e-3)
 
 
+def test_levels_by_ratio_are_the_papers_on_stable_diffusions_betas():
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    teacher = gaussian_denoiser(VPSchedule((1 - betas).cumprod(0)), "epsilon")
+    t = DMD(teacher, level_ratios=(0.138, 13.04), sample_shape=(1, 1, 1)).student_level(100_000, None, None)
+    assert t.min().item() == 20 and t.max().item() == 980
+    with pytest.raises(ValueError, match=r"`level_ratios` must be two rising positive numbers"):
+        DMD(teacher, level_ratios=(2, 1), sample_shape=(1, 1, 1))
+
+
 def test_i14_exact_scores_bring_the_student_to_the_teacher():
     """(a, b) -> (m, s), with no noise floor: the gradient's variance vanishes at the optimum."""
     generator = torch.Generator().manual_seed(0)

@@ -21,6 +21,10 @@ from diffusers_onestep.presets import DMD_PRESETS
 @dataclass
 class DMDArguments(DistillationArguments):
     pairs: str | None = field(default=None, metadata={"help": "Teacher pairs, a folder of make_pairs.py."})
+    level_ratios: list[float] | None = field(
+        default=None,
+        metadata={"help": "Least and largest sigma / alpha of the comparison; default: 2 to 98 % of t."},
+    )
     regression_weight: float = field(default=0.0, metadata={"help": "Of the regression on pairs; paper: 0.25, 0.5."})
     regression_loss: str = field(default="lpips", metadata={"help": "lpips, l2 or pseudo-huber."})
     gan_weight: float = field(default=0.0, metadata={"help": "Of the student's GAN loss; paper: 1e-3 to 5e-3."})
@@ -41,6 +45,7 @@ def main(args: DMDArguments) -> None:
     distiller = DMD(
         teacher.guided(args.guidance_scale),
         start_ratio=args.start_ratio,
+        level_ratios=args.level_ratios,
         regression_weight=args.regression_weight,
         regression_loss=args.regression_loss,
         gan_weight=args.gan_weight,

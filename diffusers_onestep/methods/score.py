@@ -207,6 +207,14 @@ class ScoreDistiller(Distiller):
         u = uniform(batch_size, generator, device)
         return self.teacher.schedule.grid(low + (u * (high - low + 1)).long())
 
+    def uniform_between(
+        self, low_ratio: float, high_ratio: float, batch_size: int, generator: Generators, device: torch.device
+    ) -> torch.Tensor:
+        """Timesteps uniform between those of two ratios `sigma / alpha`, both included."""
+        low, high = (self.teacher.schedule.timestep(ratio) for ratio in (low_ratio, high_ratio))
+        u = uniform(batch_size, generator, device)
+        return low + u * (high - low) if low.is_floating_point() else low + (u * (high - low + 1)).long()
+
     @staticmethod
     def _full(t: float, x: torch.Tensor) -> torch.Tensor:
         return torch.full((x.shape[0],), t, device=x.device)

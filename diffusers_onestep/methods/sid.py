@@ -147,9 +147,7 @@ class SiD(ScoreDistiller):
         if self.noise_levels == "logit_normal":
             # s = sigmoid(N(ln 2, 1.6**2)) and ratio = s / (1 - s)
             return schedule.timestep(torch.exp(math.log(2) + 1.6 * normal((batch_size,), generator, device).double()))
-        low, high = (schedule.timestep(ratio) for ratio in (SD_RATIO_20, SD_RATIO_979))
-        t = low + uniform(batch_size, generator, device) * (high - low + (0 if low.is_floating_point() else 1))
-        return t if low.is_floating_point() else t.long()
+        return self.uniform_between(SD_RATIO_20, SD_RATIO_979, batch_size, generator, device)
 
     def fake_score_weight(self, t):
         """The network's own loss; for VP always that of the noise, `alpha**2 / sigma**2`, also for v teachers."""
