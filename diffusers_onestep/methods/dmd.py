@@ -142,7 +142,7 @@ class DMD(ScoreDistiller):
             timestep.
         level_ratios (`tuple[float, float]`, *optional*): least and largest `sigma / alpha` at which the scores are
             compared, instead of the paper's 2 % to 98 % of the grid. `(0.138, 13.04)` are the ends of that draw for
-            Stable Diffusion; DDPM's linear betas reach 130, where the error of an epsilon network drowns the difference.
+            Stable Diffusion; DDPM's linear betas reach 130, where the error of epsilon drowns the difference.
         regression_weight (`float`, *optional*, defaults to 0.0): of the regression on pairs (`"noise"`, `"target"`);
             0.25 in the paper's conditional runs.
         regression_loss (`str` or callable, *optional*, defaults to `"lpips"`): see `regression_distance`.
