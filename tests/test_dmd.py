@@ -6,6 +6,7 @@ import pytest
 import torch
 from analytic import gaussian_denoiser, hermite_grid
 from conftest import tiny_unet
+from diffusers import DDPMScheduler
 
 from diffusers_onestep import DMD, Denoiser, EDMSchedule, FlowSchedule, GuidedDenoiser, VPSchedule
 from diffusers_onestep.methods.base import normal
@@ -125,24 +126,28 @@ def test_i12_student_at_initialisation_is_the_teachers_first_step():
 
 
 def test_i13_draws_reach_their_ends_per_sample():
-    distiller = DMD(small_teacher())
+    stable_diffusion = VPSchedule((1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2).cumprod(0))
+    distiller = DMD(gaussian_denoiser(stable_diffusion, "epsilon"), sample_shape=(1, 1, 1))
     t = distiller.student_level(100_000, None, None)
     assert t.min().item() == 20 and t.max().item() == 980
     t = distiller.fake_score_level(100_000, None, None)
     assert t.min().item() == 0 and t.max().item() == 999
+    # the same ratios on DDPM's linear betas, which are far noisier at equal t
+    ddpm = VPSchedule(DDPMScheduler().alphas_cumprod)
+    t = DMD(gaussian_denoiser(ddpm, "epsilon"), sample_shape=(1, 1, 1)).student_level(100_000, None, None)
+    assert t.min().item() == 38 and t.max().item() == 712
     edm = DMD(gaussian_denoiser(EDM, "edm"), sample_shape=(1, 1, 1))
     sigma = EDM.ratio(edm.student_level(100_000, None, None))
     assert sigma.min().item() == pytest.approx(0.00323, rel=2e-3)
     assert sigma.max().item() == pytest.approx(72.05, rel=1e-3)
 
 
-def test_levels_by_ratio_are_the_papers_on_stable_diffusions_betas():
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
-    teacher = gaussian_denoiser(VPSchedule((1 - betas).cumprod(0)), "epsilon")
-    t = DMD(teacher, level_ratios=(0.138, 13.04), sample_shape=(1, 1, 1)).student_level(100_000, None, None)
-    assert t.min().item() == 20 and t.max().item() == 980
+def test_levels_can_be_given_as_ratios():
+    teacher = small_teacher()
+    t = DMD(teacher, level_ratios=(0.5, 2.0)).student_level(100_000, None, None)
+    assert [t.min().item(), t.max().item()] == VP.timestep(torch.tensor([0.5, 2.0])).tolist()
     with pytest.raises(ValueError, match=r"`level_ratios` must be two rising positive numbers"):
-        DMD(teacher, level_ratios=(2, 1), sample_shape=(1, 1, 1))
+        DMD(teacher, level_ratios=(2, 1))
 
 
 def test_i14_exact_scores_bring_the_student_to_the_teacher():

@@ -23,7 +23,7 @@ class DMDArguments(DistillationArguments):
     pairs: str | None = field(default=None, metadata={"help": "Teacher pairs, a folder of make_pairs.py."})
     level_ratios: list[float] | None = field(
         default=None,
-        metadata={"help": "Least and largest sigma / alpha of the comparison; default: 2 to 98 % of t."},
+        metadata={"help": "Least and largest sigma / alpha of the comparison; default: the papers'."},
     )
     regression_weight: float = field(default=0.0, metadata={"help": "Of the regression on pairs; paper: 0.25, 0.5."})
     regression_loss: str = field(default="lpips", metadata={"help": "lpips, l2 or pseudo-huber."})

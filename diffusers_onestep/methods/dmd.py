@@ -9,8 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..denoiser import Denoiser
+from ..schedules import VPSchedule
 from .base import Paper, normal
 from .score import ScoreDistiller
+
+# sigma / alpha of Stable Diffusion's scaled-linear betas at t = 20 and t = 980, the ends of the papers' draw
+SD_RATIOS = (0.138, 13.04)
 
 
 def distribution_matching_loss(x0: torch.Tensor, teacher_x0: torch.Tensor, fake_x0: torch.Tensor) -> torch.Tensor:
@@ -141,8 +145,9 @@ class DMD(ScoreDistiller):
         start_ratio (`float`, *optional*): `sigma / alpha` that the student starts from; by default the noisiest
             timestep.
         level_ratios (`tuple[float, float]`, *optional*): least and largest `sigma / alpha` at which the scores are
-            compared, instead of the paper's 2 % to 98 % of the grid. `(0.138, 13.04)` are the ends of that draw for
-            Stable Diffusion; DDPM's linear betas reach 130, where the error of epsilon drowns the difference.
+            compared. By default the papers' draws: 2 % to 98 % of the grid for EDM and flow; for VP `(0.138, 13.04)`,
+            which is t = 20 to 980 of Stable Diffusion. DDPM's linear betas reach 130 at t = 980, where the error of
+            epsilon drowns the difference of the scores.
         regression_weight (`float`, *optional*, defaults to 0.0): of the regression on pairs (`"noise"`, `"target"`);
             0.25 in the paper's conditional runs.
         regression_loss (`str` or callable, *optional*, defaults to `"lpips"`): see `regression_distance`.
@@ -184,6 +189,8 @@ class DMD(ScoreDistiller):
         )
         if level_ratios is not None and not (len(level_ratios) == 2 and 0 < level_ratios[0] < level_ratios[1]):
             raise ValueError(f"`level_ratios` must be two rising positive numbers, but are {level_ratios}.")
+        if level_ratios is None and isinstance(self.teacher.schedule, VPSchedule):
+            level_ratios = SD_RATIOS
         self.level_ratios = level_ratios
         self.regression_weight, self.gan_weight = regression_weight, gan_weight
         self.gan_critic_weight = gan_critic_weight
