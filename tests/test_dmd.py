@@ -311,3 +311,17 @@ def test_flow_teacher_starts_at_pure_noise():
 def test_bad_options_name_what_is_allowed(options, message):
     with pytest.raises(ValueError, match=message):
         DMD(small_teacher(), **options)
+
+
+def test_i7_the_papers_weight_is_the_codes_times_alpha():
+    """Eq. 7, `w_t * alpha * (s_fake - s_real)`, with Eq. 8's `w_t = sigma**2 / alpha * CS / |x0 - teacher_x0|_1`."""
+    teacher, fake = (gaussian_denoiser(VP, "epsilon", *p) for p in ((0.3, 0.5), (-0.2, 0.8)))
+    x0, t = torch.randn(4, 1, 3, 3, dtype=torch.float64, requires_grad=True), torch.tensor([50, 300, 600, 900])
+    x_t = teacher.add_noise(x0.detach(), torch.randn_like(x0), t)
+    teacher_x0, fake_x0 = teacher(x_t, t), fake(x_t, t)
+    alpha, sigma = VP.alpha_sigma(t.double())
+    scores = [(alpha * prediction - x_t) / sigma**2 for prediction in (fake_x0, teacher_x0)]
+    size = (x0 - teacher_x0).abs().sum((1, 2, 3), keepdim=True)
+    paper = (sigma**2 / alpha * 9 / size) * alpha * (scores[0] - scores[1])
+    (gradient,) = torch.autograd.grad(distribution_matching_loss(x0, teacher_x0, fake_x0), x0)
+    torch.testing.assert_close(paper, alpha * gradient * x0.numel())

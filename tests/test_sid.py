@@ -322,3 +322,23 @@ def test_18_linear_gaussian_student_finds_the_teacher(alpha):
 def test_bad_noise_levels_name_what_is_allowed():
     with pytest.raises(ValueError, match=r"`noise_levels` must be one of .* but is 'cosine'"):
         small_sid(noise_levels="cosine")
+
+
+def test_4_the_squared_difference_alone_has_the_wrong_sign_for_a_narrow_student():
+    """With the fake score frozen, `w * d**2` shrinks a student that is too narrow already."""
+    _, measured, _ = fixture(m=1.0, v_d=0.25, sigma=0.7, th=1.0, s=0.3)
+    _, _, d_s = measured(lambda x0, a, b: ((a - b) ** 2).sum())
+    assert d_s == pytest.approx(0.02002, abs=1e-5)
+    closed_form, _, _ = fixture(m=1.0, v_d=0.25, sigma=0.7, th=1.0, s=0.3)
+    assert 2 * closed_form(0.5)[2] == pytest.approx(-0.165165, abs=1e-6)
+
+
+def test_6_alpha_above_one_drives_a_wide_student_away():
+    """The gradient in s changes sign at `v = v_d + (v_d + sigma**2) / (alpha - 1)`; at alpha 1 it never does."""
+    v_d, sigma, alpha = 0.25, 0.1, 1.2
+    threshold = v_d + (v_d + sigma**2) / (alpha - 1)
+    for factor in (0.9, 1.1):
+        _, measured, _ = fixture(m=1.0, v_d=v_d, sigma=sigma, th=1.0, s=(factor * threshold) ** 0.5)
+        d_s = measured(lambda x0, a, b: sid_loss(x0, a, b, alpha=alpha, normalize=False))[2]
+        assert (d_s > 0) == (factor < 1)  # descent narrows the student only below the threshold
+        assert measured(lambda x0, a, b: sid_loss(x0, a, b, alpha=1.0, normalize=False))[2] > 0
