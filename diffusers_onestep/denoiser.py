@@ -44,7 +44,7 @@ def predict_x0(
     return c_skip.to(dtype) * x_t.to(dtype) + c_out.to(dtype) * model_output.to(dtype)
 
 
-def scale_input(schedule: NoiseSchedule, prediction_type: str, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+def scale_input(schedule: NoiseSchedule, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """What the network sees of `x_t`: `x_t / sqrt(sigma**2 + sigma_data**2)` for EDM, else `x_t` itself."""
     if not isinstance(schedule, EDMSchedule):
         return x_t
@@ -108,7 +108,7 @@ class Denoiser(nn.Module):
     def model_output(self, x_t: torch.Tensor, t: torch.Tensor, cond: Cond | None = None) -> torch.Tensor:
         """The network output at `(x_t, t)`, `(B, C, H, W)`, in at least float32."""
         x_t = x_t.to(torch.promote_types(x_t.dtype, torch.float32))
-        return self.call_network(scale_input(self.schedule, self.prediction_type, x_t, t), t, cond)
+        return self.call_network(scale_input(self.schedule, x_t, t), t, cond)
 
     def call_network(self, sample: torch.Tensor, t: torch.Tensor, cond: Cond | None = None) -> torch.Tensor:
         """The network on an input that is scaled already, as a diffusers scheduler hands it out; dtype of `sample`."""

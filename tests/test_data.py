@@ -60,7 +60,7 @@ def test_load_npz(tmp_path):
         load_images(str(tmp_path / "b.npz"))
 
 
-def test_pairs_replay_the_teachers_solver(tmp_path, teacher_folder, monkeypatch):
+def test_pairs_replay_the_teachers_solver(tmp_path, teacher_folder):
     """What `make_pairs.py` stores is what the deterministic solver makes of the stored noise."""
     import subprocess
 

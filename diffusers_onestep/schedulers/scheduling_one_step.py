@@ -130,7 +130,7 @@ class OneStepScheduler(SchedulerMixin, ConfigMixin):
         if not isinstance(self.schedule, EDMSchedule):
             return sample
         work = sample.to(torch.promote_types(sample.dtype, torch.float32))
-        scaled = scale_input(self.schedule, self.config.prediction_type, work, self._as_batch(timestep, sample))
+        scaled = scale_input(self.schedule, work, self._as_batch(timestep, sample))
         return scaled.to(sample.dtype)
 
     def step(
