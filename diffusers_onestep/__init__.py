@@ -12,7 +12,19 @@ _PUBLIC = {
     "methods.dmd": ["DMD"],
     "methods.sid": ["SiD"],
     "trainer": ["train"],
-    "schedulers": ["OneStepScheduler"],
+    "schedulers": [
+        "OneStepScheduler",
+        "DistilledDDIMScheduler",
+        "DistilledPNDMScheduler",
+        "DistilledDPMSolverMultistepScheduler",
+        "DistilledDPMSolverSinglestepScheduler",
+        "DistilledDEISMultistepScheduler",
+        "DistilledEulerDiscreteScheduler",
+        "DistilledEDMEulerScheduler",
+        "DistilledEDMDPMSolverMultistepScheduler",
+        "DistilledHeunDiscreteScheduler",
+    ],
+    "methods.dode": ["fit_d_ode", "DODEReport"],
     "pipelines": ["OneStepPipeline"],
     "models": ["SpaceToDepthUNet2DModel"],
     "repository": ["shipped_model"],
@@ -53,7 +65,19 @@ if TYPE_CHECKING:
     from .models import SpaceToDepthUNet2DModel
     from .pipelines import OneStepPipeline
     from .repository import shipped_model
-    from .schedulers import OneStepScheduler
+    from .methods.dode import DODEReport, fit_d_ode
+    from .schedulers import (
+        DistilledDDIMScheduler,
+        DistilledDEISMultistepScheduler,
+        DistilledDPMSolverMultistepScheduler,
+        DistilledDPMSolverSinglestepScheduler,
+        DistilledEDMDPMSolverMultistepScheduler,
+        DistilledEDMEulerScheduler,
+        DistilledEulerDiscreteScheduler,
+        DistilledHeunDiscreteScheduler,
+        DistilledPNDMScheduler,
+        OneStepScheduler,
+    )
     from .schedules import EDMSchedule, FlowSchedule, NoiseSchedule, VPSchedule
     from .teacher import Teacher
     from .trainer import train

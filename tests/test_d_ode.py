@@ -1,0 +1,762 @@
+"""The checkable invariants of D-ODE (numbers as in the specification), on known denoisers."""
+
+import copy
+import inspect
+import json
+import math
+
+import diffusers
+import pytest
+import torch
+from conftest import tiny_unet
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler
+
+import diffusers_onestep
+from diffusers_onestep import fit_d_ode
+from diffusers_onestep.methods.dode import nested_teacher, solve, trajectory
+from diffusers_onestep.schedulers import DISTILLED_SCHEDULERS
+from diffusers_onestep.schedulers.scheduling_d_ode import distilled_copy, first_order
+
+TRAILING = {"timestep_spacing": "trailing"}
+SOLVERS = {
+    "ddim": ("DDIM", TRAILING | {"clip_sample": False}),
+    "plms": ("PNDM", TRAILING | {"skip_prk_steps": True}),
+    "ipndm": ("PNDM", TRAILING | {"skip_prk_steps": True, "pndm_type": "ipndm"}),
+    "dpm1": ("DPMSolverMultistep", TRAILING | {"solver_order": 1}),
+    "dpm2": ("DPMSolverMultistep", TRAILING),
+    "dpm3": ("DPMSolverMultistep", TRAILING | {"solver_order": 3}),
+    "deis": ("DEISMultistep", TRAILING),
+    "single2": ("DPMSolverSinglestep", {}),
+    "single3": ("DPMSolverSinglestep", {"solver_order": 3, "solver_type": "heun", "lower_order_final": True}),
+    "euler": ("EulerDiscrete", TRAILING),
+    "euler-karras": ("EulerDiscrete", {"use_karras_sigmas": True}),
+    "edm-euler": ("EDMEuler", {}),
+    "edm-dpm": ("EDMDPMSolverMultistep", {}),
+    "heun": ("HeunDiscrete", {"use_karras_sigmas": True, "beta_start": 1e-4, "beta_end": 0.02}),
+}
+EVERY = pytest.mark.parametrize("name", SOLVERS)
+
+
+def build(name, **options):
+    kind, settings = SOLVERS[name]
+    return getattr(diffusers_onestep, f"Distilled{kind}Scheduler")(**settings, **options)
+
+
+def stock(name):
+    """The stock scheduler of the same settings."""
+    kind, settings = SOLVERS[name]
+    return getattr(diffusers, f"{kind}Scheduler")(**{k: v for k, v in settings.items() if k != "pndm_type"})
+
+
+def levels(t):
+    """alpha and sigma of DDPM's linear betas, at fractional timesteps by the ratio, as diffusers interpolates it."""
+    products = DDPMScheduler().alphas_cumprod.double()
+    ratio = ((1 - products) / products).sqrt()
+    low = int(t)
+    high = min(low + 1, len(ratio) - 1)
+    r = ratio[low] + (float(t) - low) * (ratio[high] - ratio[low])
+    return 1 / (1 + r**2).sqrt(), r / (1 + r**2).sqrt()
+
+
+def predictor(denoise, edm=False):
+    """`predict(scaled_sample, t)` of a data prediction `denoise(x, alpha, sigma)`: epsilon, or EDM's F."""
+
+    def epsilon(sample, t):
+        alpha, sigma = levels(t)
+        x = sample.double()
+        return ((x - alpha * denoise(x, alpha, sigma)) / sigma).to(sample.dtype)
+
+    def f_theta(sample, t):
+        sigma, sd = (4 * t.double()).exp(), 0.5
+        x = sample.double() * (sigma**2 + sd**2).sqrt()
+        x0 = denoise(x, torch.ones((), dtype=torch.float64), sigma)
+        return ((x0 - sd**2 / (sigma**2 + sd**2) * x) * (sigma**2 + sd**2).sqrt() / (sigma * sd)).to(sample.dtype)
+
+    return f_theta if edm else epsilon
+
+
+def gaussian(variance, mu=0.0):
+    variance = torch.as_tensor(variance, dtype=torch.float64)
+    return lambda x, alpha, sigma: mu + alpha * variance / (alpha**2 * variance + sigma**2) * (x - alpha * mu)
+
+
+def mixture(modes=25, variance=0.02, d=64, seed=0):
+    means = torch.randn(modes, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+    def denoise(x, alpha, sigma):
+        var = alpha**2 * variance + sigma**2
+        logits = -((x[:, None] - alpha * means) ** 2).sum(-1) / (2 * var)
+        means_of_modes = means + alpha * variance / var * (x[:, None] - alpha * means)
+        return (logits.softmax(-1)[..., None] * means_of_modes).sum(1)
+
+    return denoise
+
+
+MILD = gaussian(torch.linspace(0.2, 0.6, 64))  # every solver's table is accepted on it
+
+
+def noises(n, d=64, seed=0):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+def predict_for(name, denoise=None):
+    return predictor(denoise or gaussian(torch.arange(1, 65.0) ** -1.2), edm=name.startswith("edm"))
+
+
+def final(scheduler, predict, noise, steps):
+    scheduler.set_timesteps(steps)
+    x = noise * scheduler.init_noise_sigma
+    for _, x in trajectory(scheduler, x, None, lambda s, t, _: predict(s, t)):
+        pass
+    return x
+
+
+def fit(scheduler, predict, steps, noise=None, **options):
+    noise = noises(100, seed=1) if noise is None else noise
+    return fit_d_ode(scheduler, predict, steps, noise, progress_bar=False, **options)
+
+
+def table(scheduler, steps, lambdas):
+    fresh = distilled_copy(scheduler)
+    fresh.set_timesteps(steps)
+    return {str(steps): fresh.fingerprint() | {"lambdas": lambdas}}
+
+
+def random_network(sample, t):
+    return torch.tanh(sample * 1.3 + torch.roll(sample, 1, -1) - float(t) / 900).to(sample.dtype)
+
+
+# 1. identity
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_zeros_are_the_base_solver_to_the_bit(name, dtype):
+    ours = build(name)
+    ours.set_timesteps(5)
+    zeros = table(ours, 5, [0.0] * len(ours.timesteps))
+    ours = build(name, dode_tables=zeros)
+    base = build(name) if name == "ipndm" else stock(name)  # stock diffusers has no VP iPNDM
+    noise = noises(3).to(dtype)
+    assert torch.equal(final(ours, random_network, noise, 5), final(base, random_network, noise, 5))
+    assert torch.equal(final(build(name), random_network, noise, 5), final(base, random_network, noise, 5))
+
+
+def test_ipndm_is_adams_bashforth_on_ddim_steps():
+    ours, ddim = build("ipndm"), DDIMScheduler(clip_sample=False, set_alpha_to_one=False, **TRAILING)
+    coefficients = [[1], [1.5, -0.5], [23 / 12, -16 / 12, 5 / 12], [55 / 24, -59 / 24, 37 / 24, -9 / 24]]
+    x = noises(2)
+    expected, history = final(ours, random_network, x, 5), []
+    ddim.set_timesteps(5)
+    for t in ddim.timesteps:
+        history = [random_network(x, t), *history][:4]
+        combined = sum(c * e for c, e in zip(coefficients[len(history) - 1], history, strict=True))
+        x = ddim.step(combined, t, x).prev_sample
+    torch.testing.assert_close(expected, x, rtol=1e-5, atol=1e-5)
+
+
+@EVERY
+def test_half_precision_is_fitted_arithmetic_in_float32(name):
+    ours = build(name)
+    ours.set_timesteps(4)
+    lambdas = [0.1] * len(ours.timesteps)
+    outcome = {
+        dtype: final(build(name, dode_tables=table(ours, 4, lambdas)), random_network, noises(3).to(dtype), 4)
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    assert outcome[torch.bfloat16].dtype == torch.bfloat16
+    scale = outcome[torch.float32].abs().mean()
+    assert (outcome[torch.bfloat16].float() - outcome[torch.float32]).abs().mean() < 0.03 * scale
+
+
+# 2. to 4. the closed form
+
+
+@pytest.mark.parametrize("name", [n for n in SOLVERS if n != "heun"])  # its predictors aim at corrected states
+def test_a_teacher_of_as_many_steps_of_the_same_solver_gives_exact_zeros(name):
+    scheduler = build(name)
+    report = fit(scheduler, predict_for(name), 5, scale=1, teacher_scheduler=build(name))
+    assert all(value == 0 for row in report.lambdas for value in row)
+    assert report.heldout_mse == report.heldout_mse_base
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_closed_form_is_least_squares(k):
+    generator = torch.Generator().manual_seed(0)
+    D = torch.randn(1000, k, generator=generator, dtype=torch.float64)
+    r = torch.randn(1000, generator=generator, dtype=torch.float64)
+    fitted = solve(D.T @ D, D.T @ r)
+    torch.testing.assert_close(fitted, torch.linalg.lstsq(D, r[:, None]).solution[:, 0], rtol=1e-12, atol=1e-12)
+    errors = [((r - D @ (fitted + shift)) ** 2).sum() for shift in torch.linspace(-0.1, 0.1, 21).double()]
+    assert min(range(21), key=errors.__getitem__) == 10
+
+
+@EVERY
+def test_fitted_numbers_are_the_least_squares_of_their_own_states(name):
+    """Run the fit by hand: at every call the fitted number minimises the distance to the teacher's state."""
+    scheduler, predict, noise = build(name), predict_for(name), noises(50, seed=3)
+    report = fit(scheduler, predict, 4, noise, batch_size=50)
+    student = build(name)
+    student.set_timesteps(4)
+    teacher, places = nested_teacher(student, 10, None)
+    x = noise * student.init_noise_sigma
+    ratio = [student.nodes[k][0] / teacher.nodes[p][0] for k, p in enumerate(places)]
+    states = {}
+    for call, state in trajectory(teacher, x / ratio[0], None, lambda s, t, _: predict(s, t)):
+        states[teacher.call_nodes(call)[1]] = state
+    fitted = 0
+    for call, t in enumerate(student.timesteps):
+        _, step, (_, d) = student.advance(predict(student.scale_model_input(x, t), t), t, x)
+        node = student.call_nodes(call)[1]
+        r = states[places[node]] * ratio[node] - step.prev_sample
+        value = report.lambdas[call][0]
+        x = step.prev_sample
+        if value:
+            exact = torch.linalg.lstsq(d.double().reshape(-1, 1), r.double().reshape(-1, 1)).solution.item()
+            assert value == pytest.approx(exact, rel=1e-5)
+            assert (r - value * d).norm() <= r.norm()
+            x, fitted = x + value * d, fitted + 1
+    assert fitted >= 2
+
+
+# 5. to 7. known distributions
+
+
+@pytest.mark.parametrize("name", ["ddim", "ipndm", "dpm1", "dpm2", "deis", "euler", "edm-euler", "edm-dpm"])
+@pytest.mark.parametrize("variance, mu", [(0.25, 0.0), (0.6, 0.3)])
+def test_on_an_isotropic_gaussian_the_fit_equals_its_teacher(name, variance, mu):
+    scheduler, predict = build(name), predict_for(name, gaussian(variance, mu))
+    held = noises(400, seed=9)
+    report = fit(scheduler, predict, 5, holdout=held)
+    student = build(name)
+    student.set_timesteps(5)
+    teacher, places = nested_teacher(student, 10, None)
+    x = held * student.init_noise_sigma
+    ratio = student.nodes[0][0] / teacher.nodes[0][0]
+    for _, target in trajectory(teacher, x / ratio, None, lambda s, t, _: predict(s, t)):
+        pass
+    moved = final(scheduler, predict, held, 5) - target
+    base = final(build(name), predict, held, 5) - target
+    # the last step of a data prediction has no error left to correct; the others end where the teacher does
+    assert moved.norm() < 2e-3 * target.norm()
+    assert moved.norm() < 0.05 * base.norm() or base.norm() < 2e-3 * target.norm()
+    assert report.accepted
+
+
+@pytest.mark.parametrize(
+    "name, steps, base, fitted",
+    [
+        ("ddim", 4, 0.145, 0.098),
+        ("ddim", 5, 0.131, 0.085),
+        ("ddim", 10, 0.090, 0.049),
+        ("dpm2", 4, 0.143, 0.100),
+        ("dpm2", 5, 0.127, 0.086),
+        ("dpm2", 10, 0.084, 0.039),
+        ("deis", 4, 0.135, 0.088),
+        ("deis", 5, 0.120, 0.075),
+        ("deis", 10, 0.077, 0.037),
+    ],
+)
+def test_on_an_anisotropic_gaussian_the_published_prototype_is_reached(name, steps, base, fitted):
+    variance = torch.arange(1, 65.0, dtype=torch.float64) ** -1.2
+    scheduler, held = build(name), noises(500, seed=5)
+    predict = predict_for(name, gaussian(variance))
+    fit(scheduler, predict, steps)
+    alpha, sigma = levels(999)
+    scheduler.set_timesteps(steps)
+    end = scheduler.nodes[-1]
+    scale = ((end[0] ** 2 * variance + end[1] ** 2) / (alpha**2 * variance + sigma**2)).sqrt()
+    rmse = [((final(s, predict, held, steps) - scale * held) ** 2).mean().sqrt() for s in (build(name), scheduler)]
+    assert rmse[1] < 0.75 * rmse[0]
+    assert rmse[0].item() == pytest.approx(base, rel=0.15)
+    assert rmse[1].item() == pytest.approx(fitted, rel=0.25)
+
+
+@pytest.mark.parametrize("denoise", [gaussian(torch.logspace(0, -3, 64)), mixture(seed=4), mixture(5, 0.1)])
+@pytest.mark.parametrize("name", ["ddim", "ipndm", "dpm2", "deis", "euler-karras", "edm-euler"])
+def test_teachers_that_are_not_in_the_specification(name, denoise):
+    scheduler, held = build(name), noises(300, seed=6)
+    predict = predict_for(name, denoise)
+    report = fit(scheduler, predict, 5, holdout=held)
+    assert report.accepted and report.heldout_mse < 0.9 * report.heldout_mse_base
+
+
+def test_on_a_mixture_ddim_passes_dpm_solver():
+    predict, held = predictor(mixture()), noises(400, seed=8)
+    fine = final(DPMSolverMultistepScheduler(solver_order=2, **TRAILING), predict, held, 500)
+    scheduler = build("ddim")
+    fit(scheduler, predict, 4)
+    rmse = {
+        name: (final(s, predict, held, 4) - fine).pow(2).mean().sqrt().item()
+        for name, s in {"base": build("ddim"), "dpm2": build("dpm2"), "fitted": scheduler}.items()
+    }
+    assert rmse["fitted"] < 0.75 * rmse["base"] and rmse["fitted"] < rmse["dpm2"]
+
+
+def test_two_directions_are_nearer_than_one():
+    predict, held = predictor(mixture()), noises(400, seed=8)
+    one, two = (fit(build("ddim"), predict, 5, holdout=held, directions=k) for k in (1, 2))
+    assert two.heldout_mse < 0.6 * one.heldout_mse
+    scheduler = build("ddim")
+    report = fit(scheduler, predict, 5, holdout=held, directions=2)
+    again = type(scheduler).from_config(json.loads(scheduler.to_json_string()))
+    assert torch.equal(final(again, predict, held, 5), final(scheduler, predict, held, 5))
+    assert len(report.lambdas[2]) == 2
+
+
+# 8. and 9. identities
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm1"])
+def test_data_space_with_half_the_step_ratio_is_dpm_solver_2m(name):
+    steps = 8
+    ours = build(name, dode_space="sample")
+    ours.set_timesteps(steps)
+    half_log_snr = [math.log(alpha / sigma) for alpha, sigma in ours.nodes[:-1]]
+    h = [b - a for a, b in zip(half_log_snr, half_log_snr[1:], strict=False)]
+    lambdas = [0.0] + [h[i] / (2 * h[i - 1]) for i in range(1, steps - 1)] + [0.0]
+    ours = build(name, dode_space="sample", dode_tables=table(ours, steps, lambdas))
+    base = DPMSolverMultistepScheduler(solver_order=2, solver_type="midpoint", **TRAILING)
+    noise, predict = noises(4), predict_for(name)
+    torch.testing.assert_close(
+        final(ours, predict, noise, steps), final(base, predict, noise, steps), atol=1e-4, rtol=0
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*algorithm_type `dpmsolver` is deprecated")
+@pytest.mark.parametrize("algorithm", ["dpmsolver", "dpmsolver++"])
+def test_singlestep_is_dpm_solver_2_by_hand(algorithm):
+    """Kim et al.'s D-DPM-Solver-2 and its data form, block by block."""
+    options = {"algorithm_type": algorithm, "final_sigmas_type": "sigma_min", "lower_order_final": False}
+    cls = diffusers_onestep.DistilledDPMSolverSinglestepScheduler
+    ours, lambdas = cls(**options), [0.0, 0.3, -0.2, 0.4]
+    ours.set_timesteps(4)
+    ours = cls(**options, dode_tables=table(ours, 4, lambdas))
+    predict, x = predict_for("ddim"), noises(4)
+    result = final(ours, predict, x, 4)
+    nodes, ts, last = ours.nodes, ours.timesteps, None
+    log_snr = [math.log(alpha / sigma) for alpha, sigma in nodes]
+    noise_form = algorithm == "dpmsolver"
+    for i in (0, 2):
+
+        def output(sample, j):
+            alpha, sigma = nodes[j]
+            eps = predict(sample, ts[j])
+            return eps if noise_form else (sample - sigma * eps) / alpha
+
+        def coefficients(j, k):
+            """`a` and `w` of the first-order update from node j to node k, by h."""
+            h = log_snr[k] - log_snr[j]
+            if noise_form:
+                return nodes[k][0] / nodes[j][0], -nodes[k][1] * math.expm1(h)
+            return nodes[k][1] / nodes[j][1], -nodes[k][0] * math.expm1(-h)
+
+        r1 = (log_snr[i + 1] - log_snr[i]) / (log_snr[i + 2] - log_snr[i])
+        m = output(x, i)
+        a, w = coefficients(i, i + 1)
+        inner = a * x + w * (m if last is None else m + lambdas[i] * (m - last))
+        newest = output(inner, i + 1)
+        a, w = coefficients(i, i + 2)
+        x = a * x + w * m + w / (2 * r1) * (1 + lambdas[i + 1]) * (newest - m)
+        last = newest
+    # the noise form grows by 1 / alpha = 157 on the way, and float32's rounding with it
+    torch.testing.assert_close(result, x, atol=2e-3 if noise_form else 1e-4, rtol=1e-4)
+    assert (final(cls(**options), predict, noises(4), 4) - x).abs().mean() > 0.01
+
+
+# 10. and 11. statistics
+
+
+@EVERY
+def test_micro_batches_and_order_do_not_matter(name):
+    noise, predict = noises(60, seed=2), predict_for(name)
+    whole = fit(build(name), predict, 4, noise)
+    parts = fit(build(name), predict, 4, noise, batch_size=17)
+    turned = fit(build(name), predict, 4, noise.flip(0), batch_size=60)
+    for other in (parts, turned):
+        for a, b in zip(whole.lambdas, other.lambdas, strict=True):
+            assert a == pytest.approx(b, rel=1e-4, abs=1e-7)  # float32 states; the sums themselves are float64
+
+
+def test_micro_batches_in_float64_agree_to_1e_10():
+    noise, predict = noises(60, seed=2).double(), predict_for("ddim")
+    whole, parts = (fit(build("ddim"), predict, 4, noise, batch_size=size) for size in (None, 17))
+    for a, b in zip(whole.lambdas, parts.lambdas, strict=True):
+        assert a == pytest.approx(b, rel=1e-10)
+
+
+def test_orthogonal_transforms_do_not_matter_to_a_rotation_invariant_denoiser():
+    noise = noises(60, seed=2)
+    rotation, _ = torch.linalg.qr(noises(64, seed=7))
+    plain, turned = (fit(build("ddim"), predictor(gaussian(0.3)), 4, x) for x in (noise, noise @ rotation))
+    for a, b in zip(plain.lambdas, turned.lambdas, strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+
+
+def test_two_batches_agree_within_their_standard_errors():
+    predict = predictor(mixture())
+    a, b = (fit(build("ddim"), predict, 5, noises(100, seed=seed)) for seed in (20, 21))
+    compared = 0
+    for (la,), (lb,), (sa,), (sb,) in zip(a.lambdas, b.lambdas, a.stderr, b.stderr, strict=True):
+        if la and lb:
+            assert abs(la - lb) < 4 * math.hypot(sa, sb)
+            compared += 1
+    assert compared >= 3
+
+
+# 12. re-entrance
+
+
+@EVERY
+def test_a_second_run_is_the_same_and_copies_share_nothing(name):
+    scheduler, predict = build(name), predict_for(name, MILD)
+    fit(scheduler, predict, 5)
+    assert scheduler.fitted_steps == [5]
+    noise = noises(3)
+    first = final(scheduler, predict, noise, 5)
+    assert torch.equal(final(scheduler, predict, noise, 5), first)
+    half_way = copy.deepcopy(scheduler)
+    half_way.set_timesteps(5)
+    x, t = noise * scheduler.init_noise_sigma, half_way.timesteps[0]
+    half_way.step(predict(half_way.scale_model_input(x, t), t), t, x)
+    assert scheduler._dode_previous is not half_way._dode_previous
+    assert torch.equal(final(scheduler, predict, noise, 5), first)
+
+
+@pytest.mark.parametrize("name", [n for n in SOLVERS if n != "plms"])
+def test_a_partial_start_begins_with_the_base_and_keeps_its_place_in_the_table(name):
+    predict, first = predict_for(name), 2
+    blank = build(name)
+    blank.set_timesteps(5)
+    calls = len(blank.timesteps)
+    ours = build(name, dode_tables=table(blank, 5, [0.2 + 0.1 * i for i in range(calls)]))
+    runs = []
+    for scheduler in (ours, build(name)):
+        scheduler.set_timesteps(5)
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(first)
+        x, states = noises(3), []
+        for t in scheduler.timesteps[first : first + 3]:
+            states.append(x := scheduler.step(predict(scheduler.scale_model_input(x, t), t), t, x).prev_sample)
+        runs.append(states)
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert not torch.equal(runs[0][1], runs[1][1])
+    # the second step is moved by the third or fourth number of the table, not by the second
+    again = build(name)
+    again.set_timesteps(5)
+    if hasattr(again, "set_begin_index"):
+        again.set_begin_index(first)
+    x = noises(3)
+    for t, expected in zip(again.timesteps[first : first + 2], runs[0], strict=False):
+        call, output, (_, d) = again.advance(predict(again.scale_model_input(x, t), t), t, x)
+        x = output.prev_sample + (0.2 + 0.1 * call) * d if d is not None else output.prev_sample
+        torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
+    assert call == first + 1
+
+
+def test_plms_from_a_partial_start_is_finite_and_begins_with_the_base():
+    blank = build("plms")
+    blank.set_timesteps(5)
+    ours = build("plms", dode_tables=table(blank, 5, [0.2] * 6))
+    base, predict = stock("plms"), predict_for("plms")
+    for scheduler in (ours, base):
+        scheduler.set_timesteps(5)
+    a = b = noises(3)
+    for i, t in enumerate(ours.timesteps[2:]):
+        a = ours.step(predict(a, t), t, a).prev_sample
+        b = base.step(predict(b, t), t, b).prev_sample
+        assert torch.equal(a, b) or i >= 1
+    assert a.isfinite().all()
+
+
+# 13. grids
+
+NESTED = [
+    ("DDIM", TRAILING, (4, 5, 8, 10, 20), "CN"),
+    ("DPMSolverMultistep", {"timestep_spacing": "linspace"}, (4, 5, 7, 8, 10, 20), "CN"),
+    ("DPMSolverMultistep", TRAILING, (4, 5, 7, 8, 10, 20), "CN"),
+    ("DEISMultistep", {"timestep_spacing": "linspace"}, (4, 5, 7, 8, 10, 20), "CN"),
+    ("DEISMultistep", TRAILING, (4, 5, 7, 10, 20), "CN"),
+    ("DPMSolverSinglestep", {}, (4, 5, 7, 10, 20), "CN"),
+    ("EulerDiscrete", TRAILING, (4, 5, 7, 10, 20), "CN"),
+    ("HeunDiscrete", TRAILING, (4, 5, 7, 10, 20), "CN"),
+    ("EulerDiscrete", {"timestep_spacing": "linspace"}, (4, 5, 7, 10, 20), "inclusive"),
+    ("HeunDiscrete", {"timestep_spacing": "linspace"}, (4, 5, 7, 10, 20), "inclusive"),
+    ("DPMSolverMultistep", {"use_karras_sigmas": True}, (4, 5, 7, 10, 20), "inclusive"),
+    ("DPMSolverMultistep", {"use_exponential_sigmas": True}, (4, 5, 10), "inclusive"),
+    ("DPMSolverMultistep", {"use_lu_lambdas": True}, (4, 5, 10), "inclusive"),
+    ("EulerDiscrete", {"use_karras_sigmas": True}, (4, 5, 7, 10, 20), "inclusive"),
+    ("HeunDiscrete", {"use_karras_sigmas": True}, (4, 5, 7, 10, 20), "inclusive"),
+    ("EDMEuler", {}, (4, 5, 7, 10, 20), "inclusive"),
+    ("EDMDPMSolverMultistep", {"sigma_schedule": "exponential"}, (4, 5, 7, 10, 20), "inclusive"),
+]
+
+
+@pytest.mark.parametrize("kind, settings, counts, form", NESTED)
+def test_the_teachers_grid_contains_the_students(kind, settings, counts, form):
+    scheduler = getattr(diffusers_onestep, f"Distilled{kind}Scheduler")(**settings)
+    for steps in counts:
+        scheduler.set_timesteps(steps)
+        scheduler.check_grid()
+        teacher, places = nested_teacher(scheduler, 10, None)
+        assert len(teacher.nodes) - 1 == (10 * steps if form == "CN" else 10 * (steps - 1) + 1)
+        for (alpha, sigma), place in zip(scheduler.nodes, places, strict=True):
+            assert sigma / alpha == pytest.approx(
+                teacher.nodes[place][1] / teacher.nodes[place][0], rel=1e-5, abs=1e-8
+            )
+
+
+@pytest.mark.parametrize(
+    "kind, settings, steps",
+    [
+        ("DDIM", {"timestep_spacing": "leading"}, 10),
+        ("DDIM", {"timestep_spacing": "linspace"}, 10),
+        ("DDIM", TRAILING, 7),
+        ("PNDM", {"timestep_spacing": "leading", "skip_prk_steps": True}, 10),
+        ("DPMSolverMultistep", {"timestep_spacing": "leading"}, 7),
+        ("DEISMultistep", {"timestep_spacing": "leading"}, 7),
+        ("HeunDiscrete", TRAILING | {"use_karras_sigmas": True}, 5),
+    ],
+)
+def test_other_grids_are_refused_with_the_remedy(kind, settings, steps):
+    scheduler = getattr(diffusers_onestep, f"Distilled{kind}Scheduler")(**settings)
+    with pytest.raises(ValueError, match=r"trailing"):
+        fit(scheduler, random_network, steps)
+    assert scheduler.fitted_steps == []
+
+
+def test_a_teacher_on_another_grid_is_refused():
+    with pytest.raises(ValueError, match="is not contained"):
+        fit(build("dpm2"), random_network, 5, teacher_scheduler=DDIMScheduler(timestep_spacing="leading"))
+
+
+def test_scale_stops_at_the_training_steps():
+    scheduler = diffusers_onestep.DistilledDPMSolverMultistepScheduler(num_train_timesteps=100, **TRAILING)
+    scheduler.set_timesteps(20)
+    teacher, _ = nested_teacher(scheduler, 10, None)
+    assert len(teacher.timesteps) == 100
+
+
+# 14. configuration
+
+
+@EVERY
+def test_tables_survive_disk_and_other_classes(name, tmp_path):
+    scheduler = build(name)
+    for steps in (5, 8):
+        fit(scheduler, predict_for(name, MILD), steps)
+    assert scheduler.fitted_steps == [5, 8]
+    scheduler.save_pretrained(tmp_path)
+    again = type(scheduler).from_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "scheduler_config.json").read_text())["dode_tables"]
+    assert stored == json.loads(json.dumps(scheduler.config.dode_tables)) and set(stored) == {"5", "8"}
+    entry = stored["5"]
+    assert {"timesteps", "sigmas", "stderr", "cosine", "heldout_mse", "heldout_mse_base", "teacher"} <= entry.keys()
+    noise, predict = noises(3), predict_for(name)
+    expected = final(scheduler, predict, noise, 5)
+    assert torch.equal(final(again, predict, noise, 5), expected)
+    through = type(scheduler).from_config(scheduler._stock_class.from_config(scheduler.config).config)
+    assert torch.equal(final(through, predict, noise, 5), expected)
+
+
+def test_an_unfitted_number_of_steps_names_the_fitted_ones(caplog):
+    scheduler, predict = build("ddim"), predict_for("ddim")
+    for steps in (4, 5):
+        fit(scheduler, predict, steps)
+    with pytest.raises(ValueError, match=r"one of the fitted numbers \[4, 5\], but is 10"):
+        scheduler.set_timesteps(10)
+    lenient = type(scheduler).from_config(scheduler.config, dode_on_unfitted="base")
+    assert torch.equal(final(lenient, predict, noises(2), 10), final(build("ddim"), predict, noises(2), 10))
+
+
+@pytest.mark.parametrize(
+    "settings, key",
+    [
+        ({"timestep_spacing": "linspace"}, "timesteps"),
+        ({"use_karras_sigmas": True}, "timesteps"),
+        ({"beta_schedule": "scaled_linear"}, "sigmas"),
+        ({"solver_order": 3}, "solver"),
+        ({"dode_space": "epsilon"}, "space"),
+    ],
+)
+def test_a_table_is_refused_on_another_grid_or_solver(settings, key):
+    scheduler = build("dpm2")
+    fit(scheduler, predict_for("dpm2"), 5)
+    with pytest.raises(ValueError, match=f"was fitted with `{key}`"):
+        type(scheduler).from_config(scheduler.config, **settings).set_timesteps(5)
+
+
+def test_a_table_is_refused_by_another_class():
+    scheduler = build("ddim")
+    fit(scheduler, predict_for("ddim"), 5)
+    other = diffusers_onestep.DistilledDPMSolverMultistepScheduler.from_config(scheduler.config)
+    with pytest.raises(ValueError, match="was fitted with `base_class` DDIMScheduler"):
+        other.set_timesteps(5)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, "0.1"])
+def test_tables_must_be_finite_numbers(value):
+    with pytest.raises(ValueError, match="`dode_tables` must map"):
+        build("ddim", dode_tables={"5": {"lambdas": [0.0, value]}})
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"dode_space": "v"}, "`dode_space` must be one of"),
+        ({"dode_first_step": "zero"}, "`dode_first_step` must be one of"),
+        ({"dode_on_unfitted": "guess"}, "`dode_on_unfitted` must be one of"),
+        ({"dode_tables": {5: {"lambdas": [0.0]}}}, "as strings"),
+    ],
+)
+def test_bad_settings_name_what_is_allowed(options, message):
+    with pytest.raises(ValueError, match=message):
+        build("ddim", **options)
+
+
+def test_custom_timesteps_must_be_a_fitted_grid():
+    scheduler = build("dpm2")
+    fit(scheduler, predict_for("dpm2"), 5)
+    scheduler.set_timesteps(5)
+    scheduler.set_timesteps(timesteps=scheduler.timesteps.tolist())
+    with pytest.raises(ValueError, match="was fitted with `timesteps`"):
+        scheduler.set_timesteps(timesteps=[999, 700, 500, 300, 100])
+
+
+@pytest.mark.parametrize("name, option", [("ddim", {"eta": 0.5}), ("euler", {"s_churn": 1.0})])
+def test_stochastic_steps_are_refused(name, option):
+    scheduler, predict = build(name), predict_for(name)
+    fit(scheduler, predict, 5)
+    scheduler.set_timesteps(5)
+    t, x = scheduler.timesteps[0], noises(2)
+    with pytest.raises(ValueError, match=f"`{next(iter(option))}` must be 0.0"):
+        scheduler.step(predict(scheduler.scale_model_input(x, t), t), t, x, **option)
+    with pytest.raises(ValueError, match="must be deterministic"):
+        fit(diffusers_onestep.DistilledDPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"), predict, 5)
+
+
+def test_first_step_from_the_noise_is_an_option_of_epsilon_space():
+    x, predict = noises(2), predict_for("ddim")
+    for setting, expected in (("none", None), ("noise", predict(x, 999.0) - x)):
+        scheduler = build("ddim", dode_first_step=setting)
+        scheduler.set_timesteps(5)
+        _, _, (_, difference) = scheduler.advance(predict(x, 999.0), 999, x)
+        if expected is None:
+            assert difference is None
+        else:
+            _, w = first_order(scheduler.nodes[0], scheduler.nodes[1], "epsilon")
+            torch.testing.assert_close(difference, w * expected, atol=1e-4, rtol=1e-3)
+    with pytest.raises(ValueError, match="`dode_first_step` must be 'none' in sample space"):
+        build("dpm2", dode_first_step="noise")
+
+
+def test_a_table_worse_than_the_base_is_refused():
+    """Steps that are each nearer to the teacher need not end nearer: so it is here, for a good base solver."""
+    scheduler = build("edm-dpm")
+    report = fit(scheduler, predict_for("edm-dpm"), 5)
+    assert not report.accepted and report.heldout_mse > report.heldout_mse_base
+    assert scheduler.fitted_steps == [] and "REFUSED" in str(report)
+
+
+# 15. pipelines
+
+
+def test_pixel_pipelines_keep_the_class(tmp_path):
+    scheduler, unet = build("ddim"), tiny_unet()
+    predict = lambda x, t: unet(x, t).sample  # noqa: E731
+    fit(scheduler, predict, 4, torch.randn(8, 1, 16, 16))
+    DDPMPipeline(unet, scheduler).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers_onestep", "DistilledDDIMScheduler"]
+    again = DDPMPipeline.from_pretrained(tmp_path)
+    assert type(again.scheduler) is type(scheduler) and again.scheduler.fitted_steps == [4]
+    loaded = type(scheduler).from_pretrained(tmp_path, subfolder="scheduler")
+    pipe = DDIMPipeline(unet, DDIMScheduler(**TRAILING))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = loaded
+    image = pipe(num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type="np").images
+    assert type(pipe.scheduler) is type(scheduler)
+    noise = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = final(loaded, predict, noise, 4)
+    torch.testing.assert_close(torch.from_numpy(image[0, ..., 0]), (expected[0, 0] / 2 + 0.5).clamp(0, 1))
+
+
+@EVERY
+def test_signatures_are_the_stock_ones(name):
+    ours, base = type(build(name)), getattr(diffusers, f"{SOLVERS[name][0]}Scheduler")
+    for method in ("step", "set_timesteps"):
+        assert [*inspect.signature(getattr(ours, method)).parameters] == [
+            *inspect.signature(getattr(base, method)).parameters
+        ]
+
+
+# 16. cost
+
+
+@pytest.mark.parametrize("name, calls, teacher", [("ddim", 5, 50), ("heun", 9, 41), ("plms", 6, 50)])
+def test_the_fit_evaluates_the_network_as_often_as_it_says(name, calls, teacher):
+    seen = []
+
+    def predict(sample, t):
+        assert not torch.is_grad_enabled()
+        seen.append(len(sample))
+        return predict_for(name)(sample, t)
+
+    scheduler = build(name)
+    report = fit(scheduler, predict, 5, noises(20), holdout=noises(30, seed=4))
+    assert sum(seen) == report.network_evaluations == 20 * (teacher + calls) + 30 * (teacher + 2 * calls)
+    seen.clear()
+    with torch.no_grad():
+        final(scheduler, predict, noises(1), 5)
+    assert len(seen) == calls
+
+
+# 17. clipping
+
+
+def test_with_clipping_a_step_is_still_affine_in_lambda():
+    blank = diffusers_onestep.DistilledDDIMScheduler(clip_sample=True, clip_sample_range=0.5, **TRAILING)
+    blank.set_timesteps(5)
+    outcomes = []
+    for value in (0.0, 0.5, 1.0):
+        tables = table(blank, 5, [0.0, value, 1e-9, 0.0, 0.0])
+        scheduler = type(blank).from_config(blank.config, dode_tables=tables)
+        scheduler.set_timesteps(5)
+        x = noises(3)
+        for t in scheduler.timesteps[:2]:
+            x = scheduler.step(predict_for("ddim")(x, t), t, x).prev_sample
+        outcomes.append(x)
+    torch.testing.assert_close(outcomes[1], (outcomes[0] + outcomes[2]) / 2)
+    assert not torch.equal(outcomes[0], outcomes[2])
+
+
+def test_first_order_steps_are_exact_for_a_constant_output():
+    source, target = (0.6, 0.8), (0.8, 0.6)
+    x0, eps = 1.5, -0.7
+    x, expected = source[0] * x0 + source[1] * eps, target[0] * x0 + target[1] * eps
+    for space, m in (("epsilon", eps), ("sample", x0)):
+        a, w = first_order(source, target, space)
+        assert a * x + w * m == pytest.approx(expected)
+
+
+def test_conditions_are_split_with_the_noises():
+    shift = torch.linspace(-1, 1, 40)[:, None]
+    predict = lambda x, t, cond: predictor(gaussian(0.3))(x - cond["shift"], t)  # noqa: E731
+    noise = noises(40)
+    whole, parts = (
+        fit(build("ddim"), predict, 5, noise, cond={"shift": shift}, batch_size=size, holdout=noises(40, seed=2))
+        for size in (40, 7)
+    )
+    for a, b in zip(whole.lambdas, parts.lambdas, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+    with pytest.raises(ValueError, match="`cond` must have 40 rows"):
+        fit(build("ddim"), predict, 5, noise, cond={"shift": shift[:3]})
+
+
+def test_only_classes_with_a_distilled_version_are_taken():
+    with pytest.raises(ValueError, match="`scheduler` must be one of"):
+        distilled_copy(diffusers.LCMScheduler())
+    with pytest.raises(ValueError, match="must be a distilled scheduler, but is DDIMScheduler"):
+        fit(DDIMScheduler(), random_network, 5)
+    assert len(DISTILLED_SCHEDULERS) == 9
