@@ -61,11 +61,11 @@ if TYPE_CHECKING:
     from .denoiser import Denoiser, GuidedDenoiser
     from .evaluation import Metrics, evaluate
     from .methods.dmd import DMD
+    from .methods.dode import DODEReport, fit_d_ode
     from .methods.sid import SiD
     from .models import SpaceToDepthUNet2DModel
     from .pipelines import OneStepPipeline
     from .repository import shipped_model
-    from .methods.dode import DODEReport, fit_d_ode
     from .schedulers import (
         DistilledDDIMScheduler,
         DistilledDEISMultistepScheduler,

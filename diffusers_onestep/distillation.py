@@ -37,7 +37,9 @@ class DistillationArguments(TrainArguments):
 
     def load_teacher(self) -> Teacher:
         """The frozen teacher."""
-        return Teacher.from_pretrained(self.pretrained_teacher_model, revision=self.revision, variant=self.variant)
+        teacher = Teacher.from_pretrained(self.pretrained_teacher_model, revision=self.revision, variant=self.variant)
+        teacher.check_distillable()
+        return teacher
 
     def load_student(self) -> Denoiser | None:
         """The model that `--student_init` names."""

@@ -7,8 +7,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from diffusers import SchedulerMixin
 from tqdm.auto import tqdm
 
 from .features import FashionCNN, reference_moments
@@ -49,6 +53,8 @@ def evaluate(
     batch_size: int = 250,
     seed: int = 0,
     reference: str | Path | None = None,
+    scheduler: SchedulerMixin | None = None,
+    all_processes: bool = False,
 ) -> Metrics:
     """FD-fashion of a student or a teacher, and its images per second while sampling.
 
@@ -60,21 +66,27 @@ def evaluate(
         batch_size (`int`, *optional*, defaults to 250): samples at a time.
         seed (`int`, *optional*, defaults to 0): of the noises, which are the same for every model.
         reference (path, *optional*): safetensors with `mean` and `covariance`; by default Fashion-MNIST's test images.
+        scheduler (`SchedulerMixin`, *optional*): a solver to sample a teacher with.
+        all_processes (`bool`, *optional*, defaults to `False`): share the sampling; every process must call this.
     """
     if isinstance(pipeline, Teacher):
         shape, steps = pipeline.sample_shape, num_inference_steps
         if steps is None:
             raise ValueError("`num_inference_steps` must be given for a teacher.")
         device = pipeline.pipeline.device
-        run: Sampler = lambda noise, cond: pipeline.sample(noise, cond, num_inference_steps=steps)  # noqa: E731
+
+        def run(noise, cond, generator):
+            return pipeline.sample(noise, cond, num_inference_steps=num_inference_steps, scheduler=scheduler)
+
+        if scheduler is not None:
+            scheduler.set_timesteps(num_inference_steps)
+            steps = len(scheduler.timesteps)
     else:
         shape, steps = pipeline.sample_shape, num_inference_steps or pipeline.student_steps
         device = pipeline.device
         pipeline.set_progress_bar_config(disable=True)
 
-        generator = torch.Generator().manual_seed(seed)  # of the noise between a few-step student's steps
-
-        def run(noise, cond):
+        def run(noise, cond, generator):
             return pipeline(
                 latents=noise,
                 num_inference_steps=num_inference_steps,
@@ -83,18 +95,27 @@ def evaluate(
                 **cond,
             ).images
 
+    state = PartialState()
+    rank, ranks = (state.process_index, state.num_processes) if all_processes else (0, 1)
     network, features, seconds = FashionCNN.from_shipped(), [], 0.0
     noise, cond = noises_and_labels(shape, pipeline.num_labels, num_samples, seed)
-    run(noise[:2].to(device), {k: v[:2].to(device) for k, v in cond.items()})  # warm-up
-    for places in tqdm(torch.arange(num_samples).split(batch_size), desc=f"{name}, NFE {steps}", leave=False):
+    run(noise[:2].to(device), {k: v[:2].to(device) for k, v in cond.items()}, None)  # warm-up
+    own = torch.arange(num_samples).split(batch_size)[rank::ranks]
+    for places in tqdm(own, desc=f"{name}, NFE {steps}", leave=False, disable=rank > 0):
         part = {k: v[places].to(device) for k, v in cond.items()}
+        # of the noise between a few-step student's steps: the same, however the batches are shared
+        generator = torch.Generator().manual_seed(seed + places[0].item())
         started = time.perf_counter()
-        pixels = picture(run(noise[places].to(device), part))
+        pixels = picture(run(noise[places].to(device), part, generator))
         seconds += time.perf_counter() - started
         features.append(network(pixels)[0])
+    speed = sum(map(len, own)) / max(seconds, 1e-9)
+    if ranks > 1:
+        features = gather_object(features)
+        speed = sum(gather_object([speed]))
     expected = reference_moments(reference) if reference else reference_moments()
     value = frechet_distance_of_moments(*moments(torch.cat(features)), *expected)
-    return Metrics(name, steps, network.name, value, num_samples, num_samples / seconds, seed)
+    return Metrics(name, steps, network.name, value, num_samples, speed, seed)
 
 
 def markdown_table(rows: list[Metrics]) -> str:
@@ -117,14 +138,18 @@ def comparison_grid(
 
 def write_metrics(path: Path, rows: list[Metrics], *, command: str) -> None:
     """Rows as `metrics.json`, with all that it takes to measure them again."""
-    content = {
+    write_json(path, provenance(command) | {"results": [asdict(row) for row in rows]})
+
+
+def provenance(command: str) -> dict[str, Any]:
+    """What numbers were measured with: command, versions, hardware."""
+    return {
         "command": command,
         "versions": {name: version(name) for name in ("diffusers-onestep", "torch", "diffusers")},
         "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} threads, {'cuda' if torch.cuda.is_available() else 'no GPU'}",
-        "results": [asdict(row) for row in rows],
+        f"{PartialState().num_processes} processes with {torch.get_num_threads()} threads each, "
+        f"{'cuda' if torch.cuda.is_available() else 'no GPU'}",
     }
-    write_json(path, content)
 
 
 def quality_plot(rows: list[Metrics], path: Path) -> None:

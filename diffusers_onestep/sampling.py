@@ -22,7 +22,7 @@ def sample(
     DDPM, which has no deterministic steps of its own, is replaced by DDIM on the same config (Song et al. 2021, Eq.
     12); DDIM gets trailing timesteps, so that the first one is the noisiest. Tensors move to the network's device.
     """
-    if isinstance(scheduler, (DDPMScheduler, DDIMScheduler)):
+    if type(scheduler) in (DDPMScheduler, DDIMScheduler):
         scheduler = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
     device = next(denoiser.network.parameters()).device
     noise, cond = noise.to(device), {k: v.to(device) for k, v in (cond or {}).items()}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin, StableDiffusionPipeline
 from torch import nn
 
 from .conditions import Labels, label_ids, named_labels
@@ -24,7 +24,7 @@ class Teacher:
 
     Args:
         pipeline (`DiffusionPipeline`): a pixel pipeline of a `unet` and a `scheduler`, unconditional or by class
-            label.
+            label; or a `StableDiffusionPipeline`, whose model space are its latents.
         id2label (`dict[int, str]`, *optional*): names of the class labels; by default those of the network's config.
 
     Attributes:
@@ -43,10 +43,12 @@ class Teacher:
     """
 
     def __init__(self, pipeline: DiffusionPipeline, id2label: dict[int, str] | None = None):
-        if {name for name, part in pipeline.components.items() if part is not None} != {"unet", "scheduler"}:
+        self.takes_prompts = isinstance(pipeline, StableDiffusionPipeline)
+        parts = {name for name, part in pipeline.components.items() if part is not None}
+        if not self.takes_prompts and parts != {"unet", "scheduler"}:
             raise ValueError(
-                "`pipeline` must be a pixel pipeline of a `unet` and a `scheduler` (unconditional or by class label), "
-                f"but is {type(pipeline).__name__}."
+                "`pipeline` must be a pixel pipeline of a `unet` and a `scheduler` (unconditional or by class label) "
+                f"or a StableDiffusionPipeline, but is {type(pipeline).__name__}."
             )
         self.pipeline = pipeline
         self.id2label = named_labels(id2label, pipeline.unet)
@@ -98,12 +100,20 @@ class Teacher:
 
     def null_condition(self, batch_size: int) -> dict[str, torch.Tensor]:
         """The unconditional inputs for `batch_size` samples; empty if the teacher has none."""
+        if self.takes_prompts:
+            return self.encode([""] * batch_size)
         if self.null_label is None:
             return {}
         return {"class_labels": torch.full((batch_size,), self.null_label)}
 
+    @torch.no_grad()
     def encode(self, labels: Labels | None = None) -> dict[str, torch.Tensor]:
-        """The `cond` of labels by id or name; all labels, one after another, if none are given."""
+        """The `cond` of prompts, or of labels by id or name; all labels, one after another, if none are given."""
+        if self.takes_prompts:
+            if not isinstance(labels, (list, tuple)) or not all(isinstance(prompt, str) for prompt in labels):
+                raise ValueError(f"`labels` must be a list of prompts for a text-to-image teacher, but is {labels!r}.")
+            embeddings, _ = self.pipeline.encode_prompt(list(labels), self.pipeline.device, 1, False)
+            return {"encoder_hidden_states": embeddings}
         if self.num_labels is None:
             if labels is not None:
                 raise ValueError(f"`labels` must be None for an unconditional teacher, but is {labels!r}.")
@@ -118,21 +128,37 @@ class Teacher:
         return GuidedDenoiser(self.denoiser, guidance_scale, self.null_condition(1))
 
     def sample(
-        self, noise: torch.Tensor, cond: Cond | None = None, *, num_inference_steps: int, guidance_scale: float = 1.0
+        self,
+        noise: torch.Tensor,
+        cond: Cond | None = None,
+        *,
+        num_inference_steps: int,
+        guidance_scale: float = 1.0,
+        scheduler: SchedulerMixin | None = None,
     ) -> torch.Tensor:
-        """The teacher's images `(B, C, H, W)` of unit-variance noise, by its own scheduler (DDIM for DDPM)."""
+        """The teacher's images `(B, C, H, W)` (or latents) of unit-variance noise, by its own scheduler (DDIM for
+        DDPM) or another one."""
         denoiser = self.guided(guidance_scale)
-        return sample(denoiser, self.scheduler, noise, cond, num_inference_steps=num_inference_steps)
+        return sample(denoiser, scheduler or self.scheduler, noise, cond, num_inference_steps=num_inference_steps)
 
     def student_pipeline(
         self, network: nn.Module, student_timesteps: list[float], init_noise_sigma: float
     ) -> OneStepPipeline:
         """The pipeline that a student of this teacher is saved as."""
+        self.check_distillable()
         scheduler = student_scheduler(
             self.scheduler, self.denoiser.prediction_type, student_timesteps, init_noise_sigma
         )
         known = named_labels(None, network) == self.id2label
         return OneStepPipeline(network, scheduler, None if known else self.id2label)
+
+    def check_distillable(self) -> None:
+        """Raise a `ValueError` for teachers whose one-step students have no pipeline yet."""
+        if self.takes_prompts:
+            raise ValueError(
+                "`teacher` must be a pixel pipeline to be distilled into one step: text-to-image teachers are taken "
+                f"by fit_d_ode so far, but it is a {type(self.pipeline).__name__}."
+            )
 
 
 def _prediction_type(scheduler: Any, schedule: NoiseSchedule) -> str:

@@ -13,8 +13,8 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, 
 
 import diffusers_onestep
 from diffusers_onestep import fit_d_ode
-from diffusers_onestep.methods.dode import nested_teacher, solve, trajectory
-from diffusers_onestep.schedulers import DISTILLED_SCHEDULERS
+from diffusers_onestep.methods.dode import end_of, nested_teacher, solve, trajectory
+from diffusers_onestep.schedulers import DISTILLED_SCHEDULERS, solver_for
 from diffusers_onestep.schedulers.scheduling_d_ode import distilled_copy, first_order
 
 TRAILING = {"timestep_spacing": "trailing"}
@@ -105,10 +105,7 @@ def predict_for(name, denoise=None):
 
 def final(scheduler, predict, noise, steps):
     scheduler.set_timesteps(steps)
-    x = noise * scheduler.init_noise_sigma
-    for _, x in trajectory(scheduler, x, None, lambda s, t, _: predict(s, t)):
-        pass
-    return x
+    return end_of(trajectory(scheduler, noise * scheduler.init_noise_sigma, None, lambda s, t, _: predict(s, t)))
 
 
 def fit(scheduler, predict, steps, noise=None, **options):
@@ -230,11 +227,10 @@ def test_on_an_isotropic_gaussian_the_fit_equals_its_teacher(name, variance, mu)
     report = fit(scheduler, predict, 5, holdout=held)
     student = build(name)
     student.set_timesteps(5)
-    teacher, places = nested_teacher(student, 10, None)
+    teacher, _ = nested_teacher(student, 10, None)
     x = held * student.init_noise_sigma
     ratio = student.nodes[0][0] / teacher.nodes[0][0]
-    for _, target in trajectory(teacher, x / ratio, None, lambda s, t, _: predict(s, t)):
-        pass
+    target = end_of(trajectory(teacher, x / ratio, None, lambda s, t, _: predict(s, t)))
     moved = final(scheduler, predict, held, 5) - target
     base = final(build(name), predict, held, 5) - target
     # the last step of a data prediction has no error left to correct; the others end where the teacher does
@@ -760,3 +756,201 @@ def test_only_classes_with_a_distilled_version_are_taken():
     with pytest.raises(ValueError, match="must be a distilled scheduler, but is DDIMScheduler"):
         fit(DDIMScheduler(), random_network, 5)
     assert len(DISTILLED_SCHEDULERS) == 9
+
+
+# the command, other pipelines, several processes
+
+
+def fit_script(*flags):
+    from test_trainer import script
+
+    return script("fit_d_ode.py", *flags)
+
+
+@pytest.fixture(scope="module")
+def fitted_folder(teacher_folder, tmp_path_factory):
+    from test_trainer import run
+
+    output = tmp_path_factory.mktemp("fitted")
+    flags = {"pretrained_teacher_model": teacher_folder, "output_dir": output, "solver": "ddim", "scale": 5}
+    flags |= {"num_samples": 12, "num_holdout_samples": 12, "batch_size": 5}
+    command = fit_script(*(part for k, v in flags.items() for part in (f"--{k}", v)), "--num_inference_steps", 4, 5)
+    run(command)
+    return output, command
+
+
+def test_the_script_writes_a_scheduler_that_keeps_earlier_tables(fitted_folder, teacher_folder):
+    from test_trainer import run
+
+    output, command = fitted_folder
+    kept = diffusers_onestep.DistilledDDIMScheduler.from_pretrained(output, subfolder="scheduler")
+    assert kept.fitted_steps == [4, 5]
+    run([*command[:-2], "10", "--save_pipeline"])
+    pipe = diffusers_onestep.OneStepPipeline.from_pretrained(output)
+    assert pipe.scheduler.fitted_steps == [4, 5, 10]
+    assert pipe.scheduler.config.dode_tables["5"] == kept.config.dode_tables["5"]
+    assert pipe(class_labels=[0, 1], num_inference_steps=4).images[1].size == (16, 16)
+    with pytest.raises(ValueError, match=r"fitted numbers \[4, 5, 10\]"):
+        pipe(class_labels=0)
+    with pytest.raises(ValueError, match=r"fitted numbers \[4, 5, 10\], but is 7"):
+        pipe(class_labels=0, num_inference_steps=7)
+
+
+def test_two_processes_fit_the_same_numbers_as_one(fitted_folder, tmp_path):
+    import sys
+
+    from test_trainer import run
+
+    output, command = fitted_folder
+    command = [str(tmp_path) if part == str(output) else part for part in command]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29519"]
+    run([*launcher, *command[1:]], ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
+    one, two = (
+        diffusers_onestep.DistilledDDIMScheduler.from_pretrained(folder, subfolder="scheduler").config.dode_tables
+        for folder in (output, tmp_path)
+    )
+    assert two["5"]["batch_size"] == 12
+    for steps in ("4", "5"):
+        for key in ("lambdas", "stderr", "heldout_mse", "heldout_mse_base"):
+            assert two[steps][key] == pytest.approx(one[steps][key], rel=1e-3, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion():
+    """A tiny random text-to-image teacher."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    letters = sorted(ByteLevel.alphabet())
+    words = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(words)}, merges=[], model_max_length=77)
+    text = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=37,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 16),
+        latent_channels=4,
+        norm_num_groups=4,
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        sample_size=16,
+    )
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=32,
+        attention_head_dim=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+    )
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=vae.eval(),
+        text_encoder=CLIPTextModel(text).eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+PROMPTS = ["a cat", "a red car", "two hats", "sun"]
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpmsolver++", "deis", "euler", "heun"])
+def test_guided_text_to_image_is_fitted_as_the_pipeline_samples(stable_diffusion, solver, tmp_path):
+    teacher = diffusers_onestep.Teacher(stable_diffusion)
+    assert teacher.sample_shape == (4, 8, 8)
+    denoiser = teacher.guided(5.0)
+    scheduler = solver_for(solver, teacher.scheduler)
+    noise = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    cond = teacher.encode(PROMPTS * 2)
+    report = fit(scheduler, denoiser.call_network, 5, noise, cond=cond, scale=4)
+    assert report.accepted and any(any(row) for row in report.lambdas)
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    loaded = type(scheduler).from_pretrained(tmp_path, subfolder="scheduler")
+    pipe = copy.copy(stable_diffusion)
+    pipe.scheduler = loaded
+    images = pipe(PROMPTS, latents=noise[:4], num_inference_steps=5, guidance_scale=5.0, output_type="latent").images
+    assert type(pipe.scheduler) is type(scheduler)
+    with torch.no_grad():
+        ours = teacher.sample(
+            noise[:4], teacher.encode(PROMPTS), num_inference_steps=5, guidance_scale=5.0, scheduler=loaded
+        )
+    torch.testing.assert_close(images, ours, rtol=1e-3, atol=1e-3)
+    base = copy.copy(stable_diffusion)
+    base.scheduler = loaded._stock_class.from_config(loaded.config)
+    plain = base(PROMPTS, latents=noise[:4], num_inference_steps=5, guidance_scale=5.0, output_type="latent").images
+    assert (plain - images).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("solver", ["ddim", "pndm", "dpmsolver++", "euler", "heun"])
+def test_image_to_image_starts_part_way(stable_diffusion, solver):
+    teacher = diffusers_onestep.Teacher(stable_diffusion)
+    scheduler = solver_for(solver, teacher.scheduler)
+    scheduler.set_timesteps(5)
+    calls = len(scheduler.timesteps)
+    scheduler.add_table(5, table(scheduler, 5, [0.3] * calls)["5"])
+    parts = dict(stable_diffusion.components) | {"scheduler": scheduler}
+    pipe = diffusers.StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    outcome = {}
+    for name, used in (("distilled", scheduler), ("base", scheduler._stock_class.from_config(scheduler.config))):
+        pipe.scheduler = used
+        outcome[name] = pipe(
+            PROMPTS[:1],
+            image=torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)),
+            strength=0.6,
+            num_inference_steps=5,
+            guidance_scale=5.0,
+            generator=torch.Generator().manual_seed(2),
+            output_type="latent",
+        ).images
+    assert outcome["distilled"].isfinite().all()
+    assert (outcome["distilled"] - outcome["base"]).abs().max() > 1e-4
+
+
+def test_solvers_are_named_for_the_kind_of_teacher():
+    with pytest.raises(ValueError, match=r"`solver` must be one of .*'edm-euler'.* but is 'ddim'"):
+        solver_for("ddim", diffusers.EDMEulerScheduler())
+    with pytest.raises(ValueError, match=r"`solver` must be one of .* for a DDPMScheduler, but is 'edm-euler'"):
+        solver_for("edm-euler", DDPMScheduler())
+
+
+@pytest.mark.parametrize("solver", ["dpmsolver++", "dpmsolver-singlestep"])
+def test_flow_teachers(solver):
+    flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler = solver_for(solver, flow)
+    variance = torch.linspace(0.05, 0.8, 64).double()
+
+    def velocity(sample, t):
+        sigma = t.double() / 1000
+        alpha, x = 1 - sigma, sample.double()
+        x0 = alpha * variance / (alpha**2 * variance + sigma**2) * x
+        return ((x - x0) / sigma).to(sample.dtype)
+
+    report = fit(scheduler, velocity, 5)
+    assert report.accepted and report.heldout_mse < 0.8 * report.heldout_mse_base
+
+
+def test_text_to_image_teachers_are_not_distilled_into_one_step_yet(stable_diffusion):
+    teacher = diffusers_onestep.Teacher(stable_diffusion)
+    with pytest.raises(ValueError, match="`teacher` must be a pixel pipeline to be distilled into one step"):
+        teacher.check_distillable()
+    with pytest.raises(ValueError, match="`labels` must be a list of prompts"):
+        teacher.encode("a cat")

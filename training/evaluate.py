@@ -35,8 +35,6 @@ class EvaluateArguments:
 
 def main(args: EvaluateArguments) -> None:
     state = PartialState()
-    if not state.is_main_process:
-        return
     if args.output_dir is None and not (args.model and Path(args.model[0]).is_dir()):
         raise ValueError("`output_dir` must be given unless the first `model` is a folder, but is None.")
     output_dir = Path(args.output_dir or args.model[0])
@@ -46,6 +44,7 @@ def main(args: EvaluateArguments) -> None:
         "batch_size": args.batch_size,
         "seed": args.seed,
         "reference": args.reference,
+        "all_processes": True,
     }
     teacher = None
     if args.pretrained_teacher_model:
@@ -54,10 +53,12 @@ def main(args: EvaluateArguments) -> None:
     students = [OneStepPipeline.from_pretrained(path).to(state.device) for path in args.model]
     for name, pipeline in zip(args.model, students, strict=True):
         rows.append(evaluate(pipeline, name=name, **shared))
-        print(rows[-1], flush=True)
+        state.print(rows[-1], flush=True)
     for steps in args.teacher_steps if teacher else []:
         rows.append(evaluate(teacher, name="teacher", num_inference_steps=steps, **shared))
-        print(rows[-1], flush=True)
+        state.print(rows[-1], flush=True)
+    if not state.is_main_process:
+        return
     print(markdown_table(rows))
     write_metrics(output_dir / "metrics.json", rows, command=" ".join(["accelerate launch", *sys.argv]))
     quality_plot(rows, output_dir / "quality.png")

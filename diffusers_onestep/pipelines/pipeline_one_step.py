@@ -127,9 +127,10 @@ class OneStepPipeline(DiffusionPipeline):
             and self.student_steps is None
             and not isinstance(self.scheduler, OneStepScheduler)
         ):
+            fitted = getattr(self.scheduler, "fitted_steps", None)
             raise ValueError(
                 f"`num_inference_steps` must be given for a model with a {type(self.scheduler).__name__}, which is no "
-                "one-step student, but is None."
+                f"one-step student{f', and be one of the fitted numbers {fitted}' if fitted else ''}, but is None."
             )
         if num_inference_steps is not None and num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` must be at least 1, but is {num_inference_steps}.")

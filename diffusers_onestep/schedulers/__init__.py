@@ -1,5 +1,6 @@
 from .scheduling_d_ode import (
     DISTILLED_SCHEDULERS,
+    SOLVERS,
     DistilledDDIMScheduler,
     DistilledDEISMultistepScheduler,
     DistilledDPMSolverMultistepScheduler,
@@ -10,11 +11,13 @@ from .scheduling_d_ode import (
     DistilledHeunDiscreteScheduler,
     DistilledPNDMScheduler,
     DODESchedulerMixin,
+    solver_for,
 )
 from .scheduling_one_step import OneStepScheduler, OneStepSchedulerOutput, student_scheduler
 
 __all__ = [
     "DISTILLED_SCHEDULERS",
+    "SOLVERS",
     "DODESchedulerMixin",
     "DistilledDDIMScheduler",
     "DistilledDEISMultistepScheduler",
@@ -27,5 +30,6 @@ __all__ = [
     "DistilledPNDMScheduler",
     "OneStepScheduler",
     "OneStepSchedulerOutput",
+    "solver_for",
     "student_scheduler",
 ]

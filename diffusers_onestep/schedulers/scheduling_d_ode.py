@@ -349,8 +349,8 @@ class _DiscreteTime(DODESchedulerMixin):
         if self.config.timestep_spacing != "trailing" or not (met or self._own_steps):
             raise ValueError(
                 f"`num_inference_steps` must divide {self.config.num_train_timesteps} and `timestep_spacing` must be "
-                f"'trailing' for {type(self).__name__}, whose steps would not meet its timesteps {grid} otherwise, but "
-                f"they are {self.num_inference_steps} and {self.config.timestep_spacing!r}. "
+                f"'trailing' for {type(self).__name__}, whose steps would not meet its timesteps {grid} otherwise, "
+                f"but they are {self.num_inference_steps} and {self.config.timestep_spacing!r}. "
                 "`DistilledDPMSolverMultistepScheduler(solver_order=1)` is DDIM for any number of steps."
             )
 
@@ -602,3 +602,47 @@ def distilled_copy(scheduler: SchedulerMixin) -> DODESchedulerMixin:
         allowed = sorted(c.__name__ for c in DISTILLED_SCHEDULERS)
         raise ValueError(f"`scheduler` must be one of {allowed}, but is {type(scheduler).__name__}.")
     return DISTILLED_SCHEDULERS[stock].from_config(scheduler.config, dode_tables=None)
+
+
+_TRAILING = {"timestep_spacing": "trailing"}
+_KARRAS = {"use_karras_sigmas": True, "timestep_spacing": "linspace"}
+# name: class and settings, on grids that nest
+SOLVERS: dict[str, tuple[type[DODESchedulerMixin], dict[str, Any]]] = {
+    "ddim": (DistilledDDIMScheduler, _TRAILING),
+    "pndm": (DistilledPNDMScheduler, _TRAILING | {"skip_prk_steps": True}),
+    "ipndm": (DistilledPNDMScheduler, _TRAILING | {"skip_prk_steps": True, "pndm_type": "ipndm"}),
+    "dpmsolver++": (DistilledDPMSolverMultistepScheduler, _TRAILING),
+    "dpmsolver-singlestep": (DistilledDPMSolverSinglestepScheduler, {"lower_order_final": True}),
+    "deis": (DistilledDEISMultistepScheduler, _TRAILING),
+    "euler": (DistilledEulerDiscreteScheduler, _KARRAS),
+    "edm-euler": (DistilledEDMEulerScheduler, {}),
+    "edm-dpmsolver++": (DistilledEDMDPMSolverMultistepScheduler, {}),
+    "heun": (DistilledHeunDiscreteScheduler, _KARRAS),
+}
+
+
+def solver_for(name: str, teacher_scheduler: SchedulerMixin, **settings: Any) -> DODESchedulerMixin:
+    """The distilled scheduler `name` on a teacher's noise schedule, without tables.
+
+    Args:
+        name (`str`): a key of `SOLVERS`.
+        teacher_scheduler (`SchedulerMixin`): whose config states the noise schedule and prediction type.
+        settings: override those of `SOLVERS`.
+
+    Raises:
+        ValueError: if there is no such solver, or none for this kind of teacher.
+    """
+    config = teacher_scheduler.config
+    edm, flow = "sigma_data" in config, type(teacher_scheduler).__name__.startswith("FlowMatch")
+    fits = [n for n in SOLVERS if n.startswith("edm-") == edm and not (flow and SOLVERS[n][0] not in _FLOW)]
+    if name not in fits:
+        raise ValueError(f"`solver` must be one of {fits} for a {type(teacher_scheduler).__name__}, but is {name!r}.")
+    solver, defaults = SOLVERS[name]
+    if flow:
+        defaults = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": config.shift}
+        config = {"num_train_timesteps": config.num_train_timesteps}
+    return solver.from_config(config, **(defaults | settings | {"dode_tables": None}))
+
+
+# diffusers' DEIS ends its flow grid at a level that depends on the number of steps
+_FLOW = (DistilledDPMSolverMultistepScheduler, DistilledDPMSolverSinglestepScheduler)
