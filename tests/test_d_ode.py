@@ -954,3 +954,57 @@ def test_text_to_image_teachers_are_not_distilled_into_one_step_yet(stable_diffu
         teacher.check_distillable()
     with pytest.raises(ValueError, match="`labels` must be a list of prompts"):
         teacher.encode("a cat")
+
+
+# what diffusers asks of every scheduler
+
+
+@EVERY
+def test_configs_pass_through_every_compatible_class(name):
+    scheduler = build(name)
+    if name == "single3":
+        pytest.skip("stock schedulers replace `solver_type` heun")
+    assert type(scheduler) in scheduler.compatibles or name.startswith("edm")
+    for other in scheduler.compatibles:
+        again = type(scheduler).from_config(other.from_config(scheduler.config).config)
+        assert {k: v for k, v in again.config.items() if k in scheduler.config} == dict(scheduler.config)
+
+
+@EVERY
+def test_a_saved_config_is_the_same_config(name, tmp_path):
+    scheduler = build(name, dode_on_unfitted="base")
+    scheduler.save_pretrained(tmp_path)
+    expected = dict(scheduler.config)
+    del expected["_use_default_values"]
+    assert dict(type(scheduler).from_pretrained(tmp_path).config) == expected
+
+
+@EVERY
+def test_tuple_and_object_outputs_agree(name):
+    for fitted in (False, True):
+        outcomes = []
+        for return_dict in (True, False):
+            scheduler = build(name)
+            scheduler.set_timesteps(10)
+            if fitted:
+                scheduler.add_table(10, table(scheduler, 10, [0.1] * len(scheduler.timesteps))["10"])
+                scheduler.set_timesteps(10)
+            x = noises(2)
+            for t in scheduler.timesteps[:3]:
+                output = scheduler.step(
+                    random_network(scheduler.scale_model_input(x, t), t), t, x, return_dict=return_dict
+                )
+                x = output.prev_sample if return_dict else output[0]
+            outcomes.append(output.to_tuple() if return_dict else output)
+        for a, b in zip(*outcomes, strict=True):
+            assert torch.equal(a, b)
+
+
+@EVERY
+def test_noise_can_be_added_at_any_timestep(name):
+    ours, base = build(name), stock(name)
+    for scheduler in (ours, base):
+        scheduler.set_timesteps(10)
+    x, noise, t = noises(2), noises(2, seed=1), ours.timesteps[5].reshape(1)
+    assert torch.equal(ours.add_noise(x, noise, t), base.add_noise(x, noise, t))
+    assert ours.init_noise_sigma == base.init_noise_sigma
