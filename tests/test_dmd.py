@@ -325,3 +325,52 @@ def test_i7_the_papers_weight_is_the_codes_times_alpha():
     paper = (sigma**2 / alpha * 9 / size) * alpha * (scores[0] - scores[1])
     (gradient,) = torch.autograd.grad(distribution_matching_loss(x0, teacher_x0, fake_x0), x0)
     torch.testing.assert_close(paper, alpha * gradient * x0.numel())
+
+
+def two_modes(x_t, sigma, modes=(-4.0, 4.0), s=0.3):
+    """The denoiser of an even mixture of two far Gaussians, at alpha = 1."""
+    means = torch.tensor(modes)
+    var = (s**2 + sigma**2)[:, None]
+    posterior = means + s**2 / var * (x_t[:, None] - means)
+    return ((-((x_t[:, None] - means) ** 2) / (2 * var)).softmax(1) * posterior).sum(1)
+
+
+def samples_own_denoiser(x_t, sigma, samples):
+    """The exact denoiser of an empirical distribution, so that no fake score has to be trained."""
+    weights = (-((x_t[:, None] - samples) ** 2) / (2 * sigma[:, None] ** 2)).softmax(1)
+    return weights @ samples
+
+
+@pytest.mark.parametrize("terms", ["matching", "matching and regression", "real score"])
+def test_i22_two_far_modes(terms):
+    torch.manual_seed(0)
+    student = torch.nn.Sequential(torch.nn.Linear(1, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
+    optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
+    pairs = torch.linspace(-2.5, 2.5, 64)
+    targets = 4 * pairs.sign() + 0.3 * pairs  # what the ODE makes of these noises, about
+
+    def generate(noise):
+        return 4 + student(noise[:, None])[:, 0]  # starts near the mode at 4
+
+    for _ in range(600):
+        x0 = generate(torch.randn(256))
+        sigma = 0.2 + 0.8 * torch.rand(256)
+        with torch.no_grad():
+            x_t = x0 + sigma * torch.randn(256)
+            fake_x0 = x0 if terms == "real score" else samples_own_denoiser(x_t, sigma, x0)
+        loss = distribution_matching_loss(x0[:, None], two_modes(x_t, sigma)[:, None], fake_x0[:, None])
+        if terms == "matching and regression":
+            loss = loss + ((generate(pairs) - targets) ** 2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        x0 = generate(torch.randn(4000))
+    at_the_other = (x0 < 0).float().mean().item()
+    near = x0[x0 > 2]
+    if terms == "matching":
+        assert at_the_other < 0.01 and near.std().item() == pytest.approx(0.3, abs=0.12)
+    elif terms == "real score":
+        assert at_the_other < 0.01 and near.std() < 0.1
+    else:
+        assert 0.4 < at_the_other < 0.6
