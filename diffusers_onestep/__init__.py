@@ -10,6 +10,7 @@ _PUBLIC = {
     "schedules": ["NoiseSchedule", "VPSchedule", "FlowSchedule", "EDMSchedule"],
     "teacher": ["Teacher"],
     "methods.dmd": ["DMD"],
+    "methods.pid": ["PID"],
     "methods.sid": ["SiD"],
     "trainer": ["train"],
     "schedulers": [
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from .evaluation import Metrics, evaluate
     from .methods.dmd import DMD
     from .methods.dode import DODEReport, fit_d_ode
+    from .methods.pid import PID
     from .methods.sid import SiD
     from .models import SpaceToDepthUNet2DModel
     from .pipelines import OneStepPipeline

@@ -31,6 +31,7 @@ class TrainArguments:
     max_train_steps: int = field(default=1000, metadata={"help": "Student updates."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Of the student."})
     fake_score_learning_rate: float | None = field(default=None, metadata={"help": "Default: `learning_rate`."})
+    optimizer: str = field(default="adamw", metadata={"help": "adamw or radam."})
     adam_beta1: float = field(default=0.9, metadata={"help": "Adam's first beta."})
     student_adam_beta1: float | None = field(default=None, metadata={"help": "Default: `adam_beta1`."})
     adam_beta2: float = field(default=0.999, metadata={"help": "Adam's second beta."})
@@ -65,6 +66,8 @@ class TrainArguments:
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, but is {getattr(self, name)}.")
+        if self.optimizer not in ("adamw", "radam"):
+            raise ValueError(f"`optimizer` must be 'adamw' or 'radam', but is {self.optimizer!r}.")
         if self.mixed_precision not in (None, "no", "bf16", "fp16"):
             raise ValueError(f"`mixed_precision` must be 'no', 'bf16' or 'fp16', but is {self.mixed_precision!r}.")
 

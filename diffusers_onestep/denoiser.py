@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .schedules import EDMSchedule, NoiseSchedule
+from .schedules import EDMSchedule, FlowSchedule, NoiseSchedule
 
 Cond = Mapping[str, torch.Tensor]
 
@@ -42,6 +42,40 @@ def predict_x0(
     dtype = torch.promote_types(x_t.dtype, torch.float32)
     c_skip, c_out = x0_coefficients(schedule, prediction_type, t)
     return c_skip.to(dtype) * x_t.to(dtype) + c_out.to(dtype) * model_output.to(dtype)
+
+
+def trajectory(f: torch.Tensor, z: torch.Tensor, t: torch.Tensor, t_max: float) -> torch.Tensor:
+    """`x = t / t_max * z + (1 - t / t_max) * f`: the point at time `t` of a trajectory that starts at `z`, whatever
+    `f` (PID, arXiv:2411.08378). `t` broadcasts; its unit is the noise level `sigma / alpha`, or `s` for flow."""
+    return t / t_max * z + (1 - t / t_max) * f
+
+
+def ode_time(schedule: NoiseSchedule, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Time `u` and scale `c` with which every schedule has the ODE `dx/du = (x - x0(c * x)) / u`, float64 `(B, 1, 1,
+    1)`: `u = sigma / alpha` and `c = alpha`, but `u = sigma` and `c = 1` for flow."""
+    alpha, sigma = schedule.alpha_sigma(t.double())
+    if isinstance(schedule, FlowSchedule):
+        return sigma, torch.ones_like(sigma)
+    return sigma / alpha, alpha
+
+
+def end_of_trajectory(
+    schedule: NoiseSchedule,
+    head: str,
+    x_start: torch.Tensor,
+    start: torch.Tensor,
+    t: torch.Tensor,
+    model_output: torch.Tensor,
+) -> torch.Tensor:
+    """The state at timestep `t` of the trajectory that starts at `x_start`, over its scale `c`; at the least `t` it is
+    the student's image.
+
+    `head` is the prediction type by which `model_output` becomes `f` at `start`; "sample" takes it as it is. Dtype and
+    shape as in `predict_x0`.
+    """
+    f = predict_x0(schedule, head, x_start, start, model_output)
+    (u, _), (u_max, scale) = (ode_time(schedule, v) for v in (t, start))
+    return trajectory(f, x_start.to(f.dtype) / scale.to(f.dtype), u.to(f.dtype), u_max.to(f.dtype))
 
 
 def scale_input(schedule: NoiseSchedule, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,7 @@ from .arguments import TrainArguments
 from .denoiser import Denoiser
 from .evaluation import comparison_grid, evaluate
 from .features import FashionCNN
-from .methods.base import Batch
-from .methods.score import ScoreDistiller
+from .methods.base import Batch, OneStepDistiller
 from .pipelines import OneStepPipeline
 from .repository import write_repository
 from .teacher import Teacher
@@ -19,21 +18,17 @@ from .trainer import train
 
 
 @dataclass
-class DistillationArguments(TrainArguments):
-    """Flags of score distillation."""
+class StudentArguments(TrainArguments):
+    """Flags of everything that learns from a teacher."""
 
     pretrained_teacher_model: str = field(kw_only=True, metadata={"help": "A Hub id, a folder or a shipped name."})
     revision: str | None = field(default=None, metadata={"help": "Of the teacher's repository."})
     variant: str | None = field(default=None, metadata={"help": "Of the teacher's weights, such as fp16."})
     guidance_scale: float = field(default=1.0, metadata={"help": "Of the teacher; the student bakes it in."})
+    student_init: str | None = field(default=None, metadata={"help": "Model that the student starts as."})
     start_ratio: float | None = field(
         default=None, metadata={"help": "sigma / alpha that the student starts from; default: the method's."}
     )
-    student_timesteps: list[float] | None = field(
-        default=None, metadata={"help": "Timesteps themselves, noisiest first; several: a few-step student."}
-    )
-    student_init: str | None = field(default=None, metadata={"help": "Model that the student starts as."})
-    fake_score_updates: int = field(default=1, metadata={"help": "Fake-score updates per student update."})
 
     def load_teacher(self) -> Teacher:
         """The frozen teacher."""
@@ -46,8 +41,18 @@ class DistillationArguments(TrainArguments):
         return Teacher.from_pretrained(self.student_init).denoiser if self.student_init else None
 
 
+@dataclass
+class DistillationArguments(StudentArguments):
+    """Flags of score distillation."""
+
+    student_timesteps: list[float] | None = field(
+        default=None, metadata={"help": "Timesteps themselves, noisiest first; several: a few-step student."}
+    )
+    fake_score_updates: int = field(default=1, metadata={"help": "Fake-score updates per student update."})
+
+
 def train_student(
-    distiller: ScoreDistiller, batches: Iterable[Batch], args: DistillationArguments, teacher: Teacher
+    distiller: OneStepDistiller, batches: Iterable[Batch], args: StudentArguments, teacher: Teacher
 ) -> None:
     """`train()`, saving the student as a repository of `teacher`'s kind and, beside it, a picture of both."""
     save, validate = student_hooks(distiller, args, teacher)
@@ -55,7 +60,7 @@ def train_student(
 
 
 def student_hooks(
-    distiller: ScoreDistiller, args: TrainArguments, teacher: Teacher | None = None
+    distiller: OneStepDistiller, args: TrainArguments, teacher: Teacher | None = None
 ) -> tuple[Callable[[Path], None] | None, Callable[[Path], dict[str, float]] | None]:
     """How `train()` saves and shows a student; two times None if it was not made from a `Teacher`."""
     teacher = teacher or distiller.origin
@@ -64,7 +69,7 @@ def student_hooks(
     network = distiller.student.network
 
     def pipeline() -> OneStepPipeline:
-        return teacher.student_pipeline(network, distiller.student_timesteps, distiller.init_noise_sigma)
+        return teacher.student_pipeline(network, **distiller.student_settings)
 
     def save(folder: Path) -> None:
         write_repository(pipeline(), folder)

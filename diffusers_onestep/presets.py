@@ -62,6 +62,30 @@ DMD_PRESETS = {
     "dmd2-imagenet64-resumed": _dmd2(5e-7, 150_000, gan_weight=3e-3),
 }
 
+
+def _pid(batch: int, micro_batch: int, rate: float, steps: int, **other) -> dict:
+    # EMA rates 0.999, 0.9999 and 0.99995 are published; 0.9999 is a half-life of 6,931 updates
+    return {
+        "num_points": 250,
+        "start_ratio": 80.0,
+        "rule": "first",
+        "distance": "lpips",
+        "optimizer": "radam",
+        "global_batch_size": batch,
+        "train_batch_size": micro_batch,
+        "learning_rate": rate,
+        "adam_weight_decay": 0.0,
+        "ema_halflife_kimg": 6931 * batch / 1000,
+        "ema_rampup_ratio": 1.0,
+        "max_train_steps": steps,
+    } | other
+
+
+PID_PRESETS = {
+    "cifar10-uncond": _pid(512, 64, 2e-4, 800_000),
+    "imagenet64-cond": _pid(2048, 32, 1e-4, 400_000, mixed_precision="fp16"),
+}
+
 # the shipped teacher, in minutes on two cores: settings found here, not published
 FASHION32_QUICKSTART = {
     "method": {"alpha": 1.0, "start_ratio": 2.5, "noise_levels": "karras"},

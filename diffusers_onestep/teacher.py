@@ -141,14 +141,10 @@ class Teacher:
         denoiser = self.guided(guidance_scale)
         return sample(denoiser, scheduler or self.scheduler, noise, cond, num_inference_steps=num_inference_steps)
 
-    def student_pipeline(
-        self, network: nn.Module, student_timesteps: list[float], init_noise_sigma: float
-    ) -> OneStepPipeline:
-        """The pipeline that a student of this teacher is saved as."""
+    def student_pipeline(self, network: nn.Module, **settings: Any) -> OneStepPipeline:
+        """The pipeline that a student of this teacher is saved as; `settings` are those of `student_scheduler`."""
         self.check_distillable()
-        scheduler = student_scheduler(
-            self.scheduler, self.denoiser.prediction_type, student_timesteps, init_noise_sigma
-        )
+        scheduler = student_scheduler(self.scheduler, self.denoiser.prediction_type, **settings)
         known = named_labels(None, network) == self.id2label
         return OneStepPipeline(network, scheduler, None if known else self.id2label)
 

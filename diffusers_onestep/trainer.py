@@ -29,8 +29,7 @@ from tqdm.auto import tqdm
 
 from .arguments import TrainArguments
 from .denoiser import Denoiser
-from .methods.base import Batch, Distiller
-from .methods.score import ScoreDistiller
+from .methods.base import Batch, Distiller, OneStepDistiller
 from .repository import write_json
 
 logger = get_logger(__name__)
@@ -102,7 +101,7 @@ def train(
         FloatingPointError: when a loss is not finite; names method, network, step and the last good checkpoint.
         SystemExit: after SIGTERM or Ctrl-C, when the checkpoint is written.
     """
-    if save is None and validate is None and isinstance(distiller, ScoreDistiller):
+    if save is None and validate is None and isinstance(distiller, OneStepDistiller):
         from .distillation import student_hooks
 
         save, validate = student_hooks(distiller, args)
@@ -162,7 +161,8 @@ class Trainer:
             beta1 = args.adam_beta1
             if name == "student" and args.student_adam_beta1 is not None:
                 beta1 = args.student_adam_beta1
-            optimizer = torch.optim.AdamW(
+            kind = {"adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}[args.optimizer]
+            optimizer = kind(
                 self.parameters[name],
                 lr=rate,
                 betas=(beta1, args.adam_beta2),

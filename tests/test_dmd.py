@@ -10,7 +10,8 @@ from diffusers import DDPMScheduler
 
 from diffusers_onestep import DMD, Denoiser, EDMSchedule, FlowSchedule, GuidedDenoiser, VPSchedule
 from diffusers_onestep.methods.base import normal
-from diffusers_onestep.methods.dmd import GANHead, distribution_matching_loss, gan_losses, regression_distance
+from diffusers_onestep.methods.distances import image_distance
+from diffusers_onestep.methods.dmd import GANHead, distribution_matching_loss, gan_losses
 
 VP = VPSchedule(torch.linspace(0.9999, 0.01, 1000))
 EDM = EDMSchedule()
@@ -264,7 +265,7 @@ def test_i21_regression():
 
 @pytest.mark.parametrize("name", ["l2", "pseudo-huber"])
 def test_regression_distances_vanish_only_at_equality(name):
-    distance = regression_distance(name)
+    distance = image_distance(name)
     y = torch.randn(2, 1, 8, 8)
     assert distance(y, y).item() == pytest.approx(0, abs=1e-6) and distance(y, y + 0.1).item() > 1e-3
 
@@ -273,7 +274,7 @@ def test_lpips_without_its_weights_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.download_url_to_file", _unreachable)
     with pytest.raises(RuntimeError, match="--regression_loss l2 or pseudo-huber"):
-        regression_distance("lpips")
+        image_distance("lpips", "regression_loss")
 
 
 def _unreachable(*args, **kwargs):

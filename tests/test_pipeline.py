@@ -120,7 +120,7 @@ def test_saved_student_gives_the_same_image_in_both_pipelines(tmp_path, sigma, l
 def test_few_step_student_samples_as_in_training():
     teacher = Teacher(ConsistencyModelPipeline(tiny_unet(), DDPMScheduler()))
     distiller = DMD(teacher, student_timesteps=[999, 499])
-    pipeline = teacher.student_pipeline(distiller.student.network.eval(), [999, 499], distiller.init_noise_sigma)
+    pipeline = teacher.student_pipeline(distiller.student.network.eval(), **distiller.student_settings)
     noise = torch.randn(2, 1, 16, 16)
     images = pipeline(latents=noise, generator=seeded(), output_type="latent").images
     torch.testing.assert_close(distiller.sample(noise, {}, seeded()), images, rtol=1e-3, atol=1e-3)

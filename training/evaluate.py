@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from accelerate import PartialState
+from accelerate import Accelerator
 
 from diffusers_onestep import OneStepPipeline, Teacher, evaluate
 from diffusers_onestep.arguments import parse_args
@@ -34,7 +34,7 @@ class EvaluateArguments:
 
 
 def main(args: EvaluateArguments) -> None:
-    state = PartialState()
+    state = Accelerator()
     if args.output_dir is None and not (args.model and Path(args.model[0]).is_dir()):
         raise ValueError("`output_dir` must be given unless the first `model` is a folder, but is None.")
     output_dir = Path(args.output_dir or args.model[0])

@@ -10,7 +10,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
-from ..denoiser import Denoiser, GuidedDenoiser
+from ..denoiser import Cond, Denoiser, GuidedDenoiser
 
 Batch = dict[str, Any]
 Generators = torch.Generator | list[torch.Generator] | None
@@ -83,3 +83,20 @@ class Distiller(ABC):
     def diagnostics(self) -> dict[str, torch.Tensor]:
         """Numbers of the last update worth logging, detached."""
         return {}
+
+
+class OneStepDistiller(Distiller):
+    """A method whose student makes images of noise in one call, or few: what it takes to sample and save it."""
+
+    origin: Any  # the `Teacher` that it was made from, or a bare denoiser
+    student_timesteps: list[float]
+    init_noise_sigma: float
+
+    @property
+    def student_settings(self) -> dict[str, Any]:
+        """What `student_scheduler` needs to know."""
+        return {"student_timesteps": self.student_timesteps, "init_noise_sigma": self.init_noise_sigma}
+
+    @abstractmethod
+    def sample(self, noise: torch.Tensor, cond: Cond | None = None, generator: Generators = None) -> torch.Tensor:
+        """The student's images `(B, C, H, W)` of unit-variance `noise`."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from typing import Any
-from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +10,7 @@ from torch import nn
 from ..denoiser import Denoiser
 from ..schedules import VPSchedule
 from .base import Paper, normal
+from .distances import image_distance
 from .score import ScoreDistiller
 
 # sigma / alpha of Stable Diffusion's scaled-linear betas at t = 20 and t = 980, the ends of the papers' draw
@@ -93,46 +93,6 @@ class Bottleneck:
         return features
 
 
-def regression_distance(name: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """A distance between batches of images in [-1, 1], one number for the batch.
-
-    Args:
-        name (`str`): `"lpips"` (VGG, inputs resized to 224 pixels), `"l2"` (mean square; Yin et al. 2024, App. I) or
-            `"pseudo-huber"` (`sqrt(square + c**2) - c`, `c = 0.00054 * sqrt(CHW)`; Song & Dhariwal 2023, Eq. 7, per
-            pixel).
-
-    Raises:
-        RuntimeError: if LPIPS's VGG weights are neither cached nor to be downloaded.
-    """
-    if name == "l2":
-        return F.mse_loss
-    if name == "pseudo-huber":
-        return _pseudo_huber
-    if name != "lpips":
-        raise ValueError(f"`regression_loss` must be 'lpips', 'l2' or 'pseudo-huber', but is {name!r}.")
-    import lpips
-
-    try:
-        network = lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False).eval()
-    except (URLError, OSError) as error:
-        raise RuntimeError(
-            "`regression_loss` 'lpips' needs torchvision's VGG-16 weights, which are not in its cache and could not "
-            f"be downloaded ({error}). Without a network use --regression_loss l2 or pseudo-huber."
-        ) from error
-
-    def distance(a, b):
-        a, b = (F.interpolate(v.expand(-1, 3, -1, -1), size=(224, 224), mode="bilinear") for v in (a, b))
-        return network.to(a.device)(a, b).mean()
-
-    return distance
-
-
-def _pseudo_huber(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    c = 0.00054 * a[0].numel() ** 0.5
-    square = ((a - b) ** 2).flatten(1).sum(1)
-    return ((square + c**2).sqrt() - c).mean() / a[0].numel() ** 0.5
-
-
 class DMD(ScoreDistiller):
     """Distribution matching, with DMD's regression on teacher pairs or DMD2's GAN branch and two time scales as
     options.
@@ -150,7 +110,7 @@ class DMD(ScoreDistiller):
             epsilon drowns the difference of the scores.
         regression_weight (`float`, *optional*, defaults to 0.0): of the regression on pairs (`"noise"`, `"target"`);
             0.25 in the paper's conditional runs.
-        regression_loss (`str` or callable, *optional*, defaults to `"lpips"`): see `regression_distance`.
+        regression_loss (`str` or callable, *optional*, defaults to `"lpips"`): see `image_distance`.
         gan_weight (`float`, *optional*, defaults to 0.0): of the student's GAN loss (batches need real images `"x0"`).
         gan_critic_weight (`float`, *optional*, defaults to 0.01): of the critic's.
         student, student_timesteps, fake_score_updates, sample_shape: see `ScoreDistiller`.
@@ -197,7 +157,7 @@ class DMD(ScoreDistiller):
         self._distance = None
         if regression_weight:
             named = isinstance(regression_loss, str)
-            self._distance = regression_distance(regression_loss) if named else regression_loss
+            self._distance = image_distance(regression_loss, "regression_loss") if named else regression_loss
         self.head = None
         if gan_weight:
             self._bottleneck = Bottleneck(self.fake_score.network)

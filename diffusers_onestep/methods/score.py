@@ -13,10 +13,10 @@ from torch import nn
 
 from ..denoiser import Cond, Denoiser, GuidedDenoiser
 from ..schedules import EDMSchedule, VPSchedule
-from .base import Batch, Distiller, Generators, copy_denoiser, normal, sample_shape_of, uniform
+from .base import Batch, Generators, OneStepDistiller, copy_denoiser, normal, sample_shape_of, uniform
 
 
-class ScoreDistiller(Distiller):
+class ScoreDistiller(OneStepDistiller):
     """A student trained on the difference between the teacher's score and that of its own samples.
 
     Args:

@@ -11,7 +11,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..denoiser import check_prediction_type, predict_x0, scale_input
+from ..denoiser import check_prediction_type, end_of_trajectory, predict_x0, scale_input
 from ..schedules import EDMSchedule, FlowSchedule, NoiseSchedule, VPSchedule
 
 
@@ -48,7 +48,12 @@ class OneStepScheduler(SchedulerMixin, ConfigMixin):
         student_timesteps (`list`, *optional*): Timesteps that the student was trained for, noisiest first. Without it
             any number of evenly spaced steps is allowed.
         init_noise_sigma (`float`, defaults to 1.0): Scale of the noise that sampling starts from.
-        parameterization (`str`, defaults to `"teacher"`): How the network's output becomes `x0`: as in the teacher.
+        parameterization (`str`, defaults to `"teacher"`): How the network's output becomes `x0`: as in the teacher, or
+            as the end of a `"trajectory"` that starts at `start_timestep` (PID).
+        start_timestep (`float`, *optional*): Where trajectories start; the network still sees that noise, whatever the
+            timestep.
+        trajectory_head (`str`, defaults to `"network"`): What the network's output is of a trajectory: its clean end
+            itself, or with `"teacher"` what the teacher's prediction type makes of it at `start_timestep`.
     """
 
     _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
@@ -70,10 +75,21 @@ class OneStepScheduler(SchedulerMixin, ConfigMixin):
         student_timesteps: list[float] | None = None,
         init_noise_sigma: float = 1.0,
         parameterization: str = "teacher",
+        start_timestep: float | None = None,
+        trajectory_head: str = "network",
     ):
         check_prediction_type(prediction_type)
-        if parameterization != "teacher":
-            raise ValueError(f"`parameterization` must be 'teacher', but is {parameterization!r}.")
+        for key, value, allowed in (
+            ("parameterization", parameterization, ("teacher", "trajectory")),
+            ("trajectory_head", trajectory_head, ("network", "teacher")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"`{key}` must be one of {allowed}, but is {value!r}.")
+        if parameterization == "trajectory" and (start_timestep is None or len(student_timesteps or []) != 1):
+            raise ValueError(
+                "`start_timestep` and one of `student_timesteps` must be given with `parameterization` 'trajectory', "
+                f"but are {start_timestep} and {student_timesteps}."
+            )
         self.schedule: NoiseSchedule
         if schedule_type == "vp":
             ddpm = DDPMScheduler(num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas)
@@ -129,6 +145,8 @@ class OneStepScheduler(SchedulerMixin, ConfigMixin):
         """What the network sees of `sample`: scaled for EDM teachers, unchanged for all others."""
         if not isinstance(self.schedule, EDMSchedule):
             return sample
+        if self.config.parameterization == "trajectory":
+            timestep = self.config.start_timestep
         work = sample.to(torch.promote_types(sample.dtype, torch.float32))
         scaled = scale_input(self.schedule, work, self._as_batch(timestep, sample))
         return scaled.to(sample.dtype)
@@ -152,7 +170,12 @@ class OneStepScheduler(SchedulerMixin, ConfigMixin):
             return_dict (`bool`, defaults to `True`): Whether to return a [`OneStepSchedulerOutput`].
         """
         t = self._as_batch(timestep, sample)
-        x0 = predict_x0(self.schedule, self.config.prediction_type, sample, t, model_output)
+        if self.config.parameterization == "trajectory":
+            start = self._as_batch(self.config.start_timestep, sample)
+            head = self.config.prediction_type if self.config.trajectory_head == "teacher" else "sample"
+            x0 = end_of_trajectory(self.schedule, head, sample, start, t, model_output)
+        else:
+            x0 = predict_x0(self.schedule, self.config.prediction_type, sample, t, model_output)
         prev_sample = x0
         position = (self.timesteps.to(t.device) - t[0]).abs().argmin().item()
         if position + 1 < len(self.timesteps):
@@ -182,6 +205,7 @@ def student_scheduler(
     prediction_type: str,
     student_timesteps: list[float],
     init_noise_sigma: float,
+    **trajectory: Any,
 ) -> SchedulerMixin:
     """The scheduler that a student is saved with: a stock `LCMScheduler` where that states the rule, so that plain
     diffusers samples the student, else a `OneStepScheduler`.
@@ -194,6 +218,7 @@ def student_scheduler(
         prediction_type (`str`): of the student's network.
         student_timesteps (`list`): noisiest first.
         init_noise_sigma (`float`): scale of the starting noise.
+        trajectory: `parameterization`, `start_timestep` and `trajectory_head` of a trajectory student.
     """
     schedule = NoiseSchedule.from_scheduler(teacher_scheduler)
     config: dict[str, Any] = {"num_train_timesteps": schedule.num_train_timesteps}
@@ -205,7 +230,7 @@ def student_scheduler(
             # rescaled or otherwise changed after the betas: state the betas that give the same products
             products = schedule.alphas_cumprod
             config["trained_betas"] = (1 - products / torch.cat([products.new_ones(1), products[:-1]])).tolist()
-        if stock := _as_lcm(config, prediction_type, student_timesteps, init_noise_sigma):
+        if not trajectory and (stock := _as_lcm(config, prediction_type, student_timesteps, init_noise_sigma)):
             return stock
     elif isinstance(schedule, EDMSchedule):
         config |= {"schedule_type": "edm", "sigma_data": schedule.sigma_data}
@@ -217,6 +242,7 @@ def student_scheduler(
         prediction_type=prediction_type,
         student_timesteps=list(student_timesteps),
         init_noise_sigma=init_noise_sigma,
+        **trajectory,
     )
 
 

@@ -1,0 +1,43 @@
+"""Distil a teacher into a one-step student that is its ODE trajectory, without data (arXiv:2411.08378).
+
+accelerate launch training/train_pid.py --pretrained_teacher_model fashion32 --output_dir fashion32-pid \\
+    --distance pseudo-huber
+"""
+
+from dataclasses import dataclass, field
+
+from diffusers_onestep import PID
+from diffusers_onestep.arguments import parse_args
+from diffusers_onestep.data import Batches, Conditions
+from diffusers_onestep.distillation import StudentArguments, train_student
+from diffusers_onestep.presets import PID_PRESETS
+
+
+@dataclass
+class PIDArguments(StudentArguments):
+    num_points: int = field(default=250, metadata={"help": "N of the time grid; paper: 250."})
+    rule: str = field(default="first", metadata={"help": "Derivative in time: first, second or exact."})
+    distance: str = field(default="lpips", metadata={"help": "lpips, stlpips, l1, l2 or pseudo-huber."})
+    head: str | None = field(default=None, metadata={"help": "network or teacher; default by prediction type."})
+    optimizer: str = "radam"
+    learning_rate: float = 2e-4
+    ema_halflife_kimg: float = 500.0
+
+
+def main(args: PIDArguments) -> None:
+    teacher = args.load_teacher()
+    distiller = PID(
+        teacher.guided(args.guidance_scale),
+        num_points=args.num_points,
+        start_ratio=args.start_ratio,
+        rule=args.rule,
+        distance=args.distance,
+        head=args.head,
+        student=args.load_student(),
+    )
+    batches = Batches(Conditions(teacher.encode()), args.train_batch_size, args.seed)
+    train_student(distiller, batches, args, teacher)
+
+
+if __name__ == "__main__":
+    main(parse_args(PIDArguments, presets=PID_PRESETS))
