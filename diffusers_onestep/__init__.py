@@ -9,6 +9,7 @@ _PUBLIC = {
     "denoiser": ["Denoiser", "GuidedDenoiser"],
     "schedules": ["NoiseSchedule", "VPSchedule", "FlowSchedule", "EDMSchedule"],
     "teacher": ["Teacher"],
+    "methods.dkdm": ["DKDM"],
     "methods.dmd": ["DMD"],
     "methods.pid": ["PID"],
     "methods.sid": ["SiD"],
@@ -61,6 +62,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from .denoiser import Denoiser, GuidedDenoiser
     from .evaluation import Metrics, evaluate
+    from .methods.dkdm import DKDM
     from .methods.dmd import DMD
     from .methods.dode import DODEReport, fit_d_ode
     from .methods.pid import PID

@@ -39,3 +39,8 @@ def label_ids(labels: Labels, num_labels: int, id2label: dict[int, str] | None) 
             raise ValueError(f"`class_labels` must be {allowed}, but is {label!r}.")
         ids.append(number)
     return torch.tensor(ids, dtype=torch.long)
+
+
+def label_embeddings(network: Any) -> int | None:
+    """How many labels a network embeds, a null label included where it is one of them; None if it takes none."""
+    return network.config.get("num_class_embeds", network.config.get("num_embeds_ada_norm"))

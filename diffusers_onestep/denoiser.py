@@ -144,8 +144,11 @@ class Denoiser(nn.Module):
         x_t = x_t.to(torch.promote_types(x_t.dtype, torch.float32))
         return self.call_network(scale_input(self.schedule, x_t, t), t, cond)
 
-    def call_network(self, sample: torch.Tensor, t: torch.Tensor, cond: Cond | None = None) -> torch.Tensor:
-        """The network on an input that is scaled already, as a diffusers scheduler hands it out; dtype of `sample`."""
+    def call_network(
+        self, sample: torch.Tensor, t: torch.Tensor, cond: Cond | None = None, *, all_channels: bool = False
+    ) -> torch.Tensor:
+        """The network on an input that is scaled already, as a diffusers scheduler hands it out; dtype of `sample`.
+        `all_channels` keeps a learned variance."""
         dtype = next((p.dtype for p in self.network.parameters() if p.is_floating_point()), sample.dtype)
         kwargs: dict[str, Any] = {k: v.to(dtype) if v.is_floating_point() else v for k, v in (cond or {}).items()}
         t = t.expand(sample.shape[0])
@@ -157,7 +160,7 @@ class Denoiser(nn.Module):
             else:
                 output = self.network(sample.to(dtype), t, **kwargs)
         output = output if isinstance(output, torch.Tensor) else output[0]
-        return output[:, : sample.shape[1]].to(sample.dtype)
+        return (output if all_channels else output[:, : sample.shape[1]]).to(sample.dtype)
 
     def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """`x_t = alpha * x0 + sigma * noise`, computed in at least float32, in the dtype of `x0`."""
@@ -210,8 +213,12 @@ class GuidedDenoiser(nn.Module):
         """Guided prediction of `x0`, shape and dtype of `x_t`."""
         return self._guided(self.denoiser, x_t, t, cond)
 
-    def call_network(self, sample: torch.Tensor, t: torch.Tensor, cond: Cond | None = None) -> torch.Tensor:
+    def call_network(
+        self, sample: torch.Tensor, t: torch.Tensor, cond: Cond | None = None, *, all_channels: bool = False
+    ) -> torch.Tensor:
         """The guided network output for an input that is scaled already."""
+        if all_channels:
+            raise ValueError("`all_channels` must be False for a guided teacher, but is True.")
         return self._guided(self.denoiser.call_network, sample, t, cond)
 
     def _guided(self, predict: Callable, x: torch.Tensor, t: torch.Tensor, cond: Cond | None) -> torch.Tensor:

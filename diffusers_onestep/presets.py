@@ -86,6 +86,29 @@ PID_PRESETS = {
     "imagenet64-cond": _pid(2048, 32, 1e-4, 400_000, mixed_precision="fp16"),
 }
 
+
+def _dkdm(batch: int, **other) -> dict:
+    # EMA 0.9999 is a half-life of 6,931 updates; the number of updates is not published (ablations stop at 200,000)
+    return {
+        "scheme": "dynamic",
+        "reservoir_ratio": 0.4,
+        "global_batch_size": batch,
+        "train_batch_size": batch,
+        "learning_rate": 1e-4,
+        "adam_weight_decay": 0.0,
+        "ema_halflife_kimg": 6931 * batch / 1000,
+        "ema_rampup_ratio": 1.0,
+        "mixed_precision": "fp16",
+        "max_train_steps": 200_000,
+    } | other
+
+
+DKDM_PRESETS = {
+    "cifar10": _dkdm(128, learned_variance=True),
+    "imagenet32": _dkdm(512, learned_variance=True),
+    "celeba64": _dkdm(256, learned_variance=True),
+}
+
 # the shipped teacher, in minutes on two cores: settings found here, not published
 FASHION32_QUICKSTART = {
     "method": {"alpha": 1.0, "start_ratio": 2.5, "noise_levels": "karras"},

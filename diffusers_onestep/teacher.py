@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin, StableDiffusionPipeline
 from torch import nn
 
-from .conditions import Labels, label_ids, named_labels
+from .conditions import Labels, label_embeddings, label_ids, named_labels
 from .denoiser import Cond, Denoiser, GuidedDenoiser
 from .methods.base import sample_shape_of
 from .pipelines import OneStepPipeline
@@ -89,13 +89,13 @@ class Teacher:
     @property
     def num_labels(self) -> int | None:
         """How many labels there are to ask for, the null label left out; None if unconditional."""
-        embeddings = getattr(self.denoiser.network.config, "num_class_embeds", None)
+        embeddings = label_embeddings(self.denoiser.network)
         return len(self.id2label) if embeddings and self.id2label else embeddings
 
     @property
     def null_label(self) -> int | None:
         """The label for "no label": the one embedding beyond the named labels, if there is one."""
-        embeddings = getattr(self.denoiser.network.config, "num_class_embeds", None)
+        embeddings = label_embeddings(self.denoiser.network)
         return embeddings - 1 if embeddings and self.id2label and embeddings == len(self.id2label) + 1 else None
 
     def null_condition(self, batch_size: int) -> dict[str, torch.Tensor]:

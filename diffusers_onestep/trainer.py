@@ -346,6 +346,7 @@ class Trainer:
             beside.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(beside))
+        self.distiller.save_state(beside, self.accelerator.process_index)
         if self.accelerator.is_main_process:
             if self.ema is not None:
                 save_file(self.ema.tensors(), beside / "ema.safetensors")
@@ -379,6 +380,7 @@ class Trainer:
         if not (path / "trainer_state.json").is_file():
             raise ValueError(f"`resume_from_checkpoint` must be 'latest' or a complete checkpoint, but is {wanted!r}.")
         self.accelerator.load_state(str(path))
+        self.distiller.load_state(path, self.accelerator.process_index, self.accelerator.num_processes)
         state = json.loads((path / "trainer_state.json").read_text())
         for name in _STATE:
             setattr(self, name, state[name])

@@ -305,7 +305,7 @@ def test_flow_teacher_starts_at_pure_noise():
         ({"student_timesteps": [249, 999]}, r"`student_timesteps` must fall"),
         (
             {"regression_weight": 1.0, "regression_loss": "ssim"},
-            r"`regression_loss` must be 'lpips', .* but is 'ssim'",
+            r"`regression_loss` must be one of .* but is 'ssim'",
         ),
     ],
 )

@@ -8,7 +8,6 @@ writes the fitted schedulers, `metrics.json` (after every row, so that a stopped
 
 import json
 import sys
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -19,12 +18,13 @@ from diffusers import UniPCMultistepScheduler
 from diffusers_onestep import Metrics, Teacher, evaluate, fit_d_ode
 from diffusers_onestep.arguments import parse_args
 from diffusers_onestep.evaluation import noises_and_labels, provenance
-from diffusers_onestep.methods.dode import end_of, nested_teacher, trajectory
+from diffusers_onestep.methods.dode import DODEReport, end_of, trajectory
 from diffusers_onestep.repository import write_json
-from diffusers_onestep.schedulers import DODESchedulerMixin, solver_for
+from diffusers_onestep.schedulers import DODESchedulerMixin, distilled_copy, solver_for
 
 SOLVERS = ["ddim", "pndm", "ipndm", "dpmsolver++", "deis", "euler", "heun"]
 RIVAL = "unipc"
+FINE_STEPS = 200  # of DPM-Solver++(2M): the trajectory that the RMSE is taken to
 
 
 @dataclass
@@ -50,13 +50,19 @@ class Comparison:
         self.args, self.accelerator = args, Accelerator()
         self.folder = Path(args.output_dir)
         self.teacher = Teacher.from_pretrained(args.pretrained_teacher_model, device=self.accelerator.device)
-        self.content = {"settings": asdict(args) | {"output_dir": None}, "results": [], "fits": [], "seconds": {}}
+        self.content = {
+            "settings": asdict(args) | {"output_dir": None},
+            "results": [],
+            "errors": [],
+            "fits": [],
+            "seconds": {},
+        }
         path = self.folder / "metrics.json"
         if path.is_file():
             before = json.loads(path.read_text())
             if before["settings"] != self.content["settings"]:
                 raise ValueError(f"`output_dir` {args.output_dir!r} holds a comparison with other settings.")
-            self.content = {key: before[key] for key in self.content}
+            self.content = {key: before.get(key, empty) for key, empty in self.content.items()}
         self.accelerator.wait_for_everyone()
         noise, cond = noises_and_labels(
             self.teacher.sample_shape, self.teacher.num_labels, 2 * args.fit_samples, args.seed + 1
@@ -66,6 +72,7 @@ class Comparison:
         device = self.accelerator.device
         self.noise, self.holdout = (noise[places].to(device) for places in own)
         self.cond, self.holdout_cond = ({k: v[places].to(device) for k, v in cond.items()} for places in own)
+        self.target: torch.Tensor | None = None
 
     def keep(self, kind: str, row: dict) -> None:
         self.content[kind].append(row)
@@ -96,16 +103,24 @@ class Comparison:
         self.keep("results", asdict(row))
         self.accelerator.print(f"{name}, NFE {row.nfe}: {row.metric} {row.value:.3f}", flush=True)
 
-    def fit(self, name: str, scheduler: DODESchedulerMixin, steps: int) -> None:
+    def fit(self, name: str, scheduler: DODESchedulerMixin, steps: int, folder: Path) -> None:
         """Fit one table, or take it from the folder; `scheduler` keeps it if it is accepted."""
-        folder = self.folder / name.replace("+", "p") / "scheduler"
         known = [row for row in self.content["fits"] if (row["solver"], row["steps"]) == (name, steps)]
         if known:
             if known[0]["accepted"]:
                 table = type(scheduler).from_pretrained(folder).config.dode_tables[str(steps)]
                 scheduler.add_table(steps, table)
             return
-        report = fit_d_ode(
+        report = self.fit_once(scheduler, steps)
+        self.accelerator.print(report, flush=True)
+        if self.accelerator.is_main_process and report.accepted:
+            scheduler.save_pretrained(folder)
+        row = {"solver": name, "steps": steps, "nfe": len(report.lambdas), "accepted": report.accepted}
+        row |= {"rmse": report.heldout_mse**0.5, "rmse_base": report.heldout_mse_base**0.5}
+        self.keep("fits", row | {"seconds": report.seconds, "network_evaluations": report.network_evaluations})
+
+    def fit_once(self, scheduler: DODESchedulerMixin, steps: int) -> DODEReport:
+        return fit_d_ode(
             scheduler,
             self.teacher.denoiser.call_network,
             steps,
@@ -116,60 +131,82 @@ class Comparison:
             holdout_cond=self.holdout_cond,
             progress_bar=self.accelerator.is_main_process,
         )
-        self.accelerator.print(report, flush=True)
-        if self.accelerator.is_main_process and report.accepted:
-            scheduler.save_pretrained(folder)
-        row = {"solver": name, "steps": steps, "nfe": len(report.lambdas), "accepted": report.accepted}
-        row |= {"rmse": report.heldout_mse**0.5, "rmse_base": report.heldout_mse_base**0.5}
-        self.keep("fits", row | {"seconds": report.seconds, "network_evaluations": report.network_evaluations})
 
-    def rival(self, steps: int) -> None:
-        """UniPC: an untrained solver, its distance and its RMSE to the same teacher's end."""
-        scheduler = UniPCMultistepScheduler.from_config(self.teacher.scheduler.config, timestep_spacing="trailing")
-        self.distance(RIVAL, scheduler, steps)
-        if any((row["solver"], row["steps"]) == (RIVAL, steps) for row in self.content["fits"]):
+    def rmse(self, name: str, scheduler, steps: int) -> None:
+        """RMSE per pixel of a solver's held-out samples to those of one fine trajectory, the same for all."""
+        scheduler.set_timesteps(steps, device=self.accelerator.device)
+        nfe = len(scheduler.timesteps)
+        if any((row["model"], row["nfe"]) == (name, nfe) for row in self.content["errors"]):
             return
-        student = solver_for("dpmsolver++", self.teacher.scheduler)
-        student.set_timesteps(steps)
-        scheduler.set_timesteps(steps)
-        with torch.no_grad():
-            ends = [
-                end_of(trajectory(s, self.holdout, self.holdout_cond, self.teacher.denoiser.call_network))
-                for s in (scheduler, nested_teacher(student, self.args.scale, None)[0])
-            ]
-        square = self.accelerator.reduce(((ends[0] - ends[1]).double() ** 2).mean(), "mean")
-        self.keep("fits", {"solver": RIVAL, "steps": steps, "nfe": steps, "rmse_base": square.sqrt().item()})
+        if self.target is None:
+            fine = solver_for("dpmsolver++", self.teacher.scheduler)
+            self.target = self.end(fine, FINE_STEPS)
+        square = ((self.end(scheduler, steps) - self.target).double() ** 2).sum()
+        sums = self.accelerator.reduce(torch.stack([square, square.new_tensor(self.target.numel())]), "sum")
+        self.keep("errors", {"model": name, "nfe": nfe, "rmse": (sums[0] / sums[1]).sqrt().item()})
+
+    @torch.no_grad()
+    def end(self, scheduler, steps: int) -> torch.Tensor:
+        """Where a solver takes the held-out noises, at unit scale."""
+        scheduler.set_timesteps(steps, device=self.accelerator.device)
+        predict = self.teacher.denoiser.call_network
+        x = self.holdout * scheduler.init_noise_sigma
+        return end_of(trajectory(scheduler, x, self.holdout_cond, predict))
+
+    def measure(self, name: str, scheduler, steps: int) -> None:
+        self.distance(name, scheduler, steps)
+        self.rmse(name, scheduler, steps)
+
+    def times(self) -> None:
+        """Seconds of one fit and of what it is held against, side by side."""
+        if self.content["seconds"]:
+            return
+        row = evaluate(self.teacher, num_inference_steps=100, num_samples=1000, all_processes=True)
+        scheduler = solver_for(self.args.solvers[0], self.teacher.scheduler)
+        steps = steps_within(scheduler, 10)
+        report = self.fit_once(scheduler, steps)
+        seconds = {"fit": report.seconds, "fit_solver": self.args.solvers[0], "fit_steps": steps}
+        self.content["seconds"] = seconds | {"sampling_1000_images_100_steps": 1000 / row.images_per_second}
 
     def run(self) -> None:
         args = self.args
-        if "sampling 1,000 images, 100 steps" not in self.content["seconds"]:
-            started = time.perf_counter()
-            evaluate(self.teacher, num_inference_steps=100, num_samples=1000, all_processes=True)
-            self.content["seconds"]["sampling 1,000 images, 100 steps"] = time.perf_counter() - started
+        self.times()
         # the budgets that the targets name first, should there be no time for all
         for budget in sorted(args.network_evaluations, key=lambda n: (n not in (5, 10), n)):
-            self.rival(budget)
+            config = self.teacher.scheduler.config
+            self.measure(RIVAL, UniPCMultistepScheduler.from_config(config, timestep_spacing="trailing"), budget)
             for name in args.solvers:
-                base = solver_for(name, self.teacher.scheduler)
-                steps = steps_within(base, budget)
-                if steps is None:
-                    continue
-                self.distance(name, base, steps)
-                distilled = solver_for(name, self.teacher.scheduler)
-                folder = self.folder / name.replace("+", "p") / "scheduler"
+                base, steps, key = solver_at(name, self.teacher.scheduler, budget)
+                self.measure(name, base, steps)
+                distilled = distilled_copy(base)
+                folder = self.folder / key / "scheduler"
                 if (folder / distilled.config_name).is_file():
                     distilled = type(distilled).from_pretrained(folder)
                 self.accelerator.wait_for_everyone()
-                self.fit(name, distilled, steps)
+                self.fit(name, distilled, steps, folder)
                 if steps in distilled.fitted_steps:
-                    self.distance(f"distilled {name}", distilled, steps)
+                    self.measure(f"distilled {name}", distilled, steps)
         if self.accelerator.is_main_process:
             (self.folder / "table.md").write_text(table(self.content, args.network_evaluations))
             plot(self.content, self.folder / "solvers.png")
             print(table(self.content, args.network_evaluations))
 
 
-def steps_within(scheduler: DODESchedulerMixin, budget: int) -> int | None:
+def solver_at(name: str, teacher_scheduler, budget: int) -> tuple[DODESchedulerMixin, int, str]:
+    """A solver, its steps within a budget, and the folder of its tables.
+
+    diffusers' DDIM can be distilled only where its steps divide the training timesteps; elsewhere DPM-Solver++ of
+    order 1, which is DDIM without clipping, stands in.
+    """
+    solver, key = solver_for(name, teacher_scheduler), name.replace("+", "p")
+    steps = steps_within(solver, budget)
+    if name == "ddim" and steps != budget:
+        solver = solver_for("dpmsolver++", teacher_scheduler, solver_order=1, dode_space="epsilon")
+        steps, key = budget, "ddim-any"
+    return solver, steps, key
+
+
+def steps_within(scheduler: DODESchedulerMixin, budget: int) -> int:
     """The largest number of steps that takes at most `budget` evaluations on a grid that can be distilled."""
     for steps in range(budget, 1, -1):
         scheduler.set_timesteps(steps)
@@ -179,19 +216,18 @@ def steps_within(scheduler: DODESchedulerMixin, budget: int) -> int | None:
             continue
         if len(scheduler.timesteps) <= budget:
             return steps
-    return None
+    raise ValueError(f"`network_evaluations` must leave room for two steps of every solver, but has {budget}.")
 
 
 def table(content: dict, budgets: list[int]) -> str:
-    """FD, then RMSE per pixel to the teacher's fine trajectory, a column per budget.
+    """FD, then RMSE per pixel to the end of the teacher's fine trajectory, a column per budget.
 
     A cell with fewer evaluations than its column says how many in brackets.
     """
     results = [Metrics(**row) for row in content["results"]]
     names = list(dict.fromkeys(row.model.removeprefix("distilled ") for row in results))
     distances = {(row.model, row.nfe): row.value for row in results}
-    errors = {(row["solver"], row["nfe"]): row["rmse_base"] for row in content["fits"]}
-    errors |= {(f"distilled {row['solver']}", row["nfe"]): row["rmse"] for row in content["fits"] if "rmse" in row}
+    errors = {(row["model"], row["nfe"]): row["rmse"] for row in content["errors"]}
     refused = {(row["solver"], row["nfe"]) for row in content["fits"] if not row.get("accepted", True)}
     lines = []
     for title, values in ((f"{results[0].metric}, n = {results[0].num_samples:,}", distances), ("RMSE", errors)):
@@ -209,6 +245,11 @@ def table(content: dict, budgets: list[int]) -> str:
             if own:
                 lines.append(f"| {model} | " + " | ".join(cells) + " |")
         lines.append("")
+    seconds = content["seconds"]
+    lines.append(
+        f"Fitting {seconds['fit_solver']} for {seconds['fit_steps']} steps took {seconds['fit']:.0f} s; sampling "
+        f"1,000 images with 100 steps {seconds['sampling_1000_images_100_steps']:.0f} s.\n"
+    )
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,6 +84,12 @@ class Distiller(ABC):
     def diagnostics(self) -> dict[str, torch.Tensor]:
         """Numbers of the last update worth logging, detached."""
         return {}
+
+    def save_state(self, folder: Path, rank: int) -> None:  # noqa: B027 (most have none)
+        """Write what this process's method holds besides networks into a checkpoint, without pickles."""
+
+    def load_state(self, folder: Path, rank: int, ranks: int) -> None:  # noqa: B027
+        """Read it again, in a run of `ranks` processes."""
 
 
 class OneStepDistiller(Distiller):

@@ -14,7 +14,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..conditions import Labels, label_ids, named_labels
+from ..conditions import Labels, label_embeddings, label_ids, named_labels
 from ..methods.base import uniform
 from ..repository import resolve_model
 from ..schedulers import OneStepScheduler
@@ -80,11 +80,11 @@ class OneStepPipeline(DiffusionPipeline):
         return super().from_pretrained(path, **kwargs)
 
     def to_json_string(self) -> str:
-        # the stock pipeline samples the same student, so that is what the index names
-        return (
-            json.dumps(json.loads(super().to_json_string()) | {"_class_name": "ConsistencyModelPipeline"}, indent=2)
-            + "\n"
-        )
+        # the stock pipeline samples the same student, so that is what the index names; but not transformers
+        index = json.loads(super().to_json_string())
+        if "Transformer" not in type(self.unet).__name__:
+            index["_class_name"] = "ConsistencyModelPipeline"
+        return json.dumps(index, indent=2) + "\n"
 
     @property
     def student_steps(self) -> int | None:
@@ -98,7 +98,7 @@ class OneStepPipeline(DiffusionPipeline):
     @property
     def num_labels(self) -> int | None:
         """How many labels can be asked for; None for an unconditional student."""
-        embeddings = getattr(self.unet.config, "num_class_embeds", None)
+        embeddings = label_embeddings(self.unet)
         return len(self.id2label) if embeddings and self.id2label else embeddings
 
     @property
@@ -243,7 +243,7 @@ class OneStepPipeline(DiffusionPipeline):
         with self.progress_bar(total=len(self.scheduler.timesteps)) as progress_bar:
             for i, t in enumerate(self.scheduler.timesteps):
                 model_input = self.scheduler.scale_model_input(latents, t)
-                model_output = self.unet(model_input, t, **cond, return_dict=False)[0]
+                model_output = self.unet(model_input, t.expand(num_images), **cond, return_dict=False)[0]
                 latents = self.scheduler.step(model_output, t, latents, **step_kwargs, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)

@@ -11,6 +11,7 @@ from .scheduling_d_ode import (
     DistilledHeunDiscreteScheduler,
     DistilledPNDMScheduler,
     DODESchedulerMixin,
+    distilled_copy,
     solver_for,
 )
 from .scheduling_one_step import OneStepScheduler, OneStepSchedulerOutput, student_scheduler
@@ -30,6 +31,7 @@ __all__ = [
     "DistilledPNDMScheduler",
     "OneStepScheduler",
     "OneStepSchedulerOutput",
+    "distilled_copy",
     "solver_for",
     "student_scheduler",
 ]

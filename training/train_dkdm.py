@@ -1,0 +1,124 @@
+"""Compress a teacher into another network without data (arXiv:2409.03550); the student takes as many steps as before.
+
+accelerate launch training/train_dkdm.py --pretrained_teacher_model fashion32 --output_dir fashion32-small --shrink 0.5
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from diffusers_onestep import DKDM, Denoiser, train
+from diffusers_onestep.arguments import TrainArguments, parse_args
+from diffusers_onestep.compression import network_from_config, shrunk, student_pipeline
+from diffusers_onestep.data import Batches, Conditions
+from diffusers_onestep.evaluation import comparison_grid, evaluate
+from diffusers_onestep.features import FashionCNN
+from diffusers_onestep.presets import DKDM_PRESETS
+from diffusers_onestep.repository import write_repository
+from diffusers_onestep.sampling import sample
+from diffusers_onestep.teacher import Teacher
+from diffusers_onestep.trainer import checkpoints
+
+
+@dataclass
+class DKDMArguments(TrainArguments):
+    pretrained_teacher_model: str = field(kw_only=True, metadata={"help": "A Hub id, a folder or a shipped name."})
+    revision: str | None = field(default=None, metadata={"help": "Of the teacher's repository."})
+    variant: str | None = field(default=None, metadata={"help": "Of the teacher's weights, such as fp16."})
+    guidance_scale: float = field(default=1.0, metadata={"help": "Of the teacher; the student bakes it in."})
+    student_config: str | None = field(default=None, metadata={"help": "A diffusers model config, a JSON file."})
+    shrink: float | None = field(default=None, metadata={"help": "Width of the student over the teacher's."})
+    scheme: str = field(default="dynamic", metadata={"help": "dynamic, shuffled, iterative or synthetic."})
+    reservoir_ratio: float = field(default=0.4, metadata={"help": "Slots over batch times steps; paper: 0.4."})
+    num_steps: int | None = field(default=None, metadata={"help": "Steps of the teacher's chain; default: all."})
+    clip: bool | None = field(default=None, metadata={"help": "Clip the teacher's x0; default: for pixels."})
+    deterministic: bool = field(default=False, metadata={"help": "Step the teacher by its ODE."})
+    learned_variance: bool = field(default=False, metadata={"help": "The networks have variance channels."})
+    reservoir_dtype: str = field(default="float32", metadata={"help": "float32 or float16."})
+    pin_memory: bool = field(default=False, metadata={"help": "Keep the reservoir in page-locked memory."})
+    preparation_batch_size: int = field(default=250, metadata={"help": "Of the teacher, before training."})
+    validation_inference_steps: int = field(default=20, metadata={"help": "Steps of the live distance."})
+    learning_rate: float = 1e-4
+    ema_halflife_kimg: float = 500.0
+
+
+def main(args: DKDMArguments) -> None:
+    if (args.student_config is None) == (args.shrink is None):
+        raise ValueError(
+            "One of `student_config` and `shrink` must be given, but they are "
+            f"{args.student_config!r} and {args.shrink}."
+        )
+    if args.reservoir_dtype not in ("float32", "float16"):
+        raise ValueError(f"`reservoir_dtype` must be 'float32' or 'float16', but is {args.reservoir_dtype!r}.")
+    teacher = Teacher.from_pretrained(args.pretrained_teacher_model, revision=args.revision, variant=args.variant)
+    torch.manual_seed(args.seed)  # the student starts at random
+    if args.shrink is not None:
+        network = shrunk(teacher.denoiser.network, args.shrink)
+    else:
+        network = network_from_config(json.loads(Path(args.student_config).read_text()))
+    student = Denoiser(network, teacher.denoiser.schedule, teacher.denoiser.prediction_type)
+    distiller = DKDM(
+        teacher.guided(args.guidance_scale),
+        student,
+        batch_size=args.train_batch_size * args.gradient_accumulation_steps,
+        scheme=args.scheme,
+        reservoir_ratio=args.reservoir_ratio,
+        num_steps=args.num_steps,
+        clip=args.clip,
+        stochastic=False if args.deterministic else None,
+        learned_variance=args.learned_variance,
+        cond=teacher.encode(),
+        dtype=getattr(torch, args.reservoir_dtype),
+        pin_memory=args.pin_memory,
+        sample_shape=teacher.sample_shape,
+    )
+    if not (args.resume_from_checkpoint and checkpoints(Path(args.output_dir))):
+        prepare(distiller, args)
+
+    def save(folder: Path) -> None:
+        write_repository(student_pipeline(teacher, network), folder)
+
+    def validate(folder: Path) -> dict[str, float]:
+        steps = args.validation_inference_steps
+
+        def run(noise, cond):
+            return sample(student, teacher.scheduler, noise, cond, num_inference_steps=steps)
+
+        comparison_grid(teacher, run, folder / "samples.png", seed=args.seed, num_inference_steps=steps)
+        if not args.validation_samples or teacher.sample_shape != FashionCNN.input_shape:
+            return {}
+        row = evaluate(
+            Teacher(student_pipeline(teacher, network)),
+            num_inference_steps=steps,
+            num_samples=args.validation_samples,
+            seed=args.seed + 1000,
+        )
+        network.requires_grad_(True)  # a teacher's is frozen
+        return {"distance": row.value}
+
+    train(distiller, Batches(Conditions(), args.train_batch_size, args.seed), args, save=save, validate=validate)
+
+
+def prepare(distiller: DKDM, args: DKDMArguments) -> None:
+    """Fill the reservoir, each process its own; on the device and in the precision of the run."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    if args.cpu_threads:
+        torch.set_num_threads(args.cpu_threads)
+    distiller.teacher.to(accelerator.device)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    for part in distiller.teacher.modules():
+        if isinstance(part, Denoiser):
+            part.autocast_dtype = dtype
+    distiller.prepare(
+        seed=args.seed * accelerator.num_processes + accelerator.process_index,
+        batch_size=args.preparation_batch_size,
+        progress_bar=accelerator.is_main_process,
+    )
+
+
+if __name__ == "__main__":
+    main(parse_args(DKDMArguments, presets=DKDM_PRESETS))
