@@ -151,7 +151,7 @@ class Denoiser(nn.Module):
         `all_channels` keeps a learned variance."""
         dtype = next((p.dtype for p in self.network.parameters() if p.is_floating_point()), sample.dtype)
         kwargs: dict[str, Any] = {k: v.to(dtype) if v.is_floating_point() else v for k, v in (cond or {}).items()}
-        t = t.expand(sample.shape[0])
+        t = t.to(sample.device).expand(sample.shape[0])
         # one autocast region per call: a longer one would hand weights cast under no_grad to a call that needs
         # gradients
         with torch.autocast(sample.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):

@@ -82,6 +82,8 @@ def evaluate(
             scheduler.set_timesteps(num_inference_steps)
             steps = len(scheduler.timesteps)
     else:
+        if scheduler is not None:
+            raise ValueError("`scheduler` must be None for a student, which has its own.")
         shape, steps = pipeline.sample_shape, num_inference_steps or pipeline.student_steps
         device = pipeline.device
         pipeline.set_progress_bar_config(disable=True)

@@ -7,19 +7,25 @@ The scheduler goes to `output_dir/scheduler`: `pipe.scheduler = DistilledDDIMSch
 subfolder="scheduler")` in any pipeline of this teacher. `--save_pipeline` writes the whole repository.
 """
 
+import inspect
+import json
 import os
 import shutil
-from dataclasses import dataclass, field
+import sys
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from huggingface_hub import create_repo, upload_folder
 
 from diffusers_onestep import Teacher, fit_d_ode
 from diffusers_onestep.arguments import parse_args
+from diffusers_onestep.evaluation import provenance
 from diffusers_onestep.methods.base import normal
-from diffusers_onestep.repository import write_repository
-from diffusers_onestep.schedulers import SOLVERS, solver_for
+from diffusers_onestep.methods.dode import nested_teacher
+from diffusers_onestep.repository import write_json, write_repository
+from diffusers_onestep.schedulers import SOLVERS, DODESchedulerMixin, distilled_copy, solver_for
 from diffusers_onestep.trainer import sample_generators
 
 
@@ -54,13 +60,28 @@ def main(args: FitArguments) -> None:
     teacher.denoiser.autocast_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     settings = {} if args.solver_order is None else {"solver_order": args.solver_order}
     scheduler = solver_for(args.solver, teacher.scheduler, **settings)
-    folder = Path(args.output_dir) / "scheduler"
-    if (folder / scheduler.config_name).is_file():
-        kept = type(scheduler).from_pretrained(folder)
-        for steps in kept.fitted_steps:
-            scheduler.add_table(steps, kept.config.dode_tables[str(steps)])
+    if args.save_pipeline and args.guidance_scale != 1.0 and not teacher.takes_prompts:
+        raise ValueError(
+            "`save_pipeline` must be False for a guided pixel teacher, whose pipeline samples without guidance, but "
+            f"is True with `guidance_scale` {args.guidance_scale}."
+        )
+    notes = {
+        "guidance_scale": args.guidance_scale,
+        "teacher_model": args.pretrained_teacher_model,
+        "revision": args.revision,
+        "prompts": args.prompts,
+        "sample_shape": list(teacher.sample_shape),
+        "mixed_precision": str(accelerator.mixed_precision),
+        "seed": args.seed,
+    }
+    take_up(scheduler, notes, args)
+    for steps in args.num_inference_steps:  # an unfit number ends the program before the first fit
+        student = distilled_copy(scheduler)
+        student.set_timesteps(steps)
+        student.check_grid()
+        nested_teacher(student, args.scale, None)
     denoiser = teacher.guided(args.guidance_scale)
-    conditions = all_conditions(teacher, args.prompts)
+    conditions = all_conditions(teacher, args)
 
     def draw(first: int, count: int):
         """This process's share of noises `first .. first + count - 1`, and their conditions."""
@@ -84,50 +105,119 @@ def main(args: FitArguments) -> None:
             holdout_cond=holdout_cond,
             batch_size=args.batch_size,
             directions=args.directions,
-            notes={"guidance_scale": args.guidance_scale, "teacher_model": args.pretrained_teacher_model},
+            notes=notes,
             progress_bar=accelerator.is_main_process,
         )
         accelerator.print(report)
-        refused += [] if report.accepted else [steps]
-    if accelerator.is_main_process and len(refused) < len(args.num_inference_steps):
-        save(teacher, scheduler, args)
+        if not report.accepted:
+            refused.append(steps)
+        elif accelerator.is_main_process:
+            save(scheduler, args)
     if refused:
-        accelerator.print(f"No table was kept for {refused} steps: the base solver is nearer to the teacher there.")
+        accelerator.print(f"Nothing was saved for {refused} steps: the base solver is nearer to the teacher there.")
     if len(refused) == len(args.num_inference_steps):
         raise SystemExit("Nothing was saved.")
+    if accelerator.is_main_process:
+        finish(teacher, scheduler, args)
 
 
-def all_conditions(teacher: Teacher, prompts: str | None) -> dict[str, torch.Tensor]:
-    """The conditions that are taken in turn: every label, or every prompt of a file."""
-    if teacher.takes_prompts != (prompts is not None):
+def take_up(scheduler: DODESchedulerMixin, notes: dict, args: FitArguments) -> None:
+    """Keep the tables that are in the folder already, if they are of the same solver, teacher and guidance.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    folder = Path(args.output_dir) / "scheduler"
+    if not (folder / scheduler.config_name).is_file():
+        return
+    before = scheduler.load_config(folder)
+    differing = [
+        key
+        for key in ("_class_name", *inspect.signature(type(scheduler).__init__).parameters)
+        if key not in ("self", "dode_tables") and before.get(key) != json.loads(scheduler.to_json_string()).get(key)
+    ]
+    for steps, table in (before.get("dode_tables") or {}).items():
+        differing += [key for key in ("guidance_scale", "teacher_model") if table.get(key) != notes[key]]
+        if not differing:
+            scheduler.add_table(int(steps), table)
+    if differing:
+        raise ValueError(
+            f"`output_dir` must be new or hold tables of the same solver and teacher, but {args.output_dir!r} differs "
+            f"in {sorted(set(differing))}."
+        )
+
+
+def all_conditions(teacher: Teacher, args: FitArguments) -> dict[str, torch.Tensor]:
+    """The conditions that are taken in turn: every label, or as many prompts of a file as there are samples."""
+    if teacher.takes_prompts != (args.prompts is not None):
         needed = "a file, for a text-to-image teacher" if teacher.takes_prompts else "None for this teacher"
-        raise ValueError(f"`prompts` must be {needed}, but is {prompts!r}.")
-    if prompts is None:
+        raise ValueError(f"`prompts` must be {needed}, but is {args.prompts!r}.")
+    if args.prompts is None:
         return teacher.encode()
-    lines = [line.strip() for line in Path(prompts).read_text().splitlines() if line.strip()]
+    lines = [line.strip() for line in Path(args.prompts).read_text().splitlines() if line.strip()]
     if not lines:
-        raise ValueError(f"`prompts` must have one prompt a line, but {prompts!r} has none.")
-    return teacher.encode(lines)
+        raise ValueError(f"`prompts` must have one prompt a line, but {args.prompts!r} has none.")
+    lines = lines[: args.num_samples + args.num_holdout_samples]
+    parts = [teacher.encode(lines[i : i + args.batch_size]) for i in range(0, len(lines), args.batch_size)]
+    return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
 
 
-def save(teacher: Teacher, scheduler, args: FitArguments) -> None:
-    """The scheduler alone, or the teacher's whole repository with it; complete or as before."""
+def save(scheduler: DODESchedulerMixin, args: FitArguments) -> None:
+    """The scheduler, complete or as before."""
     folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "scheduler").mkdir(parents=True, exist_ok=True)
+    beside = folder / ".scheduler.writing"
+    scheduler.save_pretrained(beside)
+    os.replace(beside / scheduler.config_name, folder / "scheduler" / scheduler.config_name)
+    shutil.rmtree(beside)
+
+
+def finish(teacher: Teacher, scheduler: DODESchedulerMixin, args: FitArguments) -> None:
+    """What goes beside the scheduler: the card, the arguments, and the teacher's weights and the Hub if asked for."""
+    folder = Path(args.output_dir)
     if args.save_pipeline:
         teacher.pipeline.register_modules(scheduler=scheduler)
         write_repository(teacher.pipeline, folder)
-    else:
-        beside = folder / ".scheduler.writing"
-        scheduler.save_pretrained(beside)
-        (folder / "scheduler").mkdir(exist_ok=True)
-        os.replace(beside / scheduler.config_name, folder / "scheduler" / scheduler.config_name)
-        shutil.rmtree(beside)
+    command = " ".join(["accelerate launch", *sys.argv])
+    write_json(folder / "training_args.json", asdict(args) | provenance(command))
+    name, tables = type(scheduler).__name__, scheduler.config.dode_tables
+    rows = [
+        f"| {steps} | {len(table['lambdas'])} "
+        f"| {table['heldout_mse_base'] ** 0.5:.5f} | {table['heldout_mse'] ** 0.5:.5f} |"
+        for steps, table in sorted(tables.items(), key=lambda item: int(item[0]))
+    ]
+    repo = args.hub_model_id or folder.name
+    card = CARD.format(name=name, repo=repo, command=command, rows="\n".join(rows), **vars(args))
+    beside = folder / ".README.md.writing"
+    beside.write_text(card)
+    beside.replace(folder / "README.md")
     if args.push_to_hub:
-        from huggingface_hub import create_repo, upload_folder
-
         repo = create_repo(args.hub_model_id or folder.name, exist_ok=True)
         upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message=f"Distilled {args.solver} solver")
+
+
+CARD = """---
+library_name: diffusers
+tags: [diffusers-onestep, d-ode]
+---
+
+# {name} for {pretrained_teacher_model}
+
+A distilled ODE solver ([D-ODE](https://arxiv.org/abs/2309.16421)): one fitted number per network call. It works in any
+diffusers pipeline of `{pretrained_teacher_model}`, at guidance scale {guidance_scale} and the numbers of steps below.
+
+    from diffusers_onestep import {name}
+    pipe.scheduler = {name}.from_pretrained("{repo}", subfolder="scheduler")
+
+| steps | NFE | base solver: RMSE to the teacher | distilled |
+|---|---|---|---|
+{rows}
+
+RMSE of final samples on {num_holdout_samples} held-out noises, to DPM-Solver++(2M) with {scale} times the steps. Made
+by
+
+    {command}
+"""
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """D-ODE (Kim, Tang & Yu, CVPR 2024, arXiv:2309.16421): the numbers of a distilled solver, fitted in closed form."""
 
 import copy
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import reduce
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
@@ -19,6 +21,7 @@ from ..schedulers.scheduling_d_ode import (
     DistilledEDMDPMSolverMultistepScheduler,
     DODESchedulerMixin,
     distilled_copy,
+    ratio,
 )
 from .base import Paper
 
@@ -105,6 +108,9 @@ def fit_d_ode(
     step's, and `d = w (m_i - m_{i-1})`, `lambda_i = <d, r> / |d|**2` over the whole batch; then the step is taken. No
     gradients, `B (M + N)` evaluations for a teacher of `M` steps, and those of the held-out batch.
 
+    A number is set to zero where its direction is below a thousandth of `w m_i`, and where it is smaller than twice
+    its standard error, which needs more than one sample.
+
     In a run of several processes each gives its own share of the noises; the sums are taken over all of them.
 
     Args:
@@ -118,7 +124,7 @@ def fit_d_ode(
             DPM-Solver++(2M) on the student's kind of grid.
         holdout (`torch.Tensor`, *optional*): noises of the acceptance gate; by default as many fresh ones.
         cond (`dict` of tensors, *optional*): conditions of `noise`, `(B, ...)`.
-        holdout_cond (`dict` of tensors, *optional*): those of `holdout`; by default `cond`.
+        holdout_cond (`dict` of tensors, *optional*): those of `holdout`; by default `cond`, if there are as many.
         batch_size (`int`, *optional*): evaluate in micro-batches of so many; the numbers do not depend on it.
         directions (`int`, *optional*, defaults to 1): with 2, an extension that is not in the paper, `w m_i` is
             fitted beside `w (m_i - m_{i-1})` (in the manner of IIA, arXiv:2304.11328).
@@ -131,6 +137,7 @@ def fit_d_ode(
 
     Raises:
         ValueError: if the teacher's grid does not contain the student's, naming the remedy.
+        FloatingPointError: if an evaluation is not finite.
     """
     if not isinstance(scheduler, DODESchedulerMixin):
         raise ValueError(f"`scheduler` must be a distilled scheduler, but is {type(scheduler).__name__}.")
@@ -140,19 +147,31 @@ def fit_d_ode(
         raise ValueError(
             f"`num_inference_steps` and `scale` must be at least 1, but are {num_inference_steps} and {scale}."
         )
+    if len(noise) < 1 or (batch_size is not None and batch_size < 1):
+        raise ValueError(f"`noise` and `batch_size` must be at least 1, but are {len(noise)} and {batch_size}.")
     started = time.perf_counter()
-    device = noise.device
+    device, noise = noise.device, noise.to(torch.promote_types(noise.dtype, torch.float32))
     student = distilled_copy(scheduler)
     student.set_timesteps(num_inference_steps, device=device)
     student.check_grid()
     teacher, places = nested_teacher(student, scale, teacher_scheduler, device)
+    count = int(_total(torch.tensor(len(noise), device=device)))
     if holdout is None:
+        state = PartialState()
         generator = torch.Generator().manual_seed(0x0DE)
-        holdout = torch.randn(noise.shape, generator=generator, dtype=noise.dtype).to(device)
-    held_cond = cond if holdout_cond is None else holdout_cond
+        fresh = torch.randn(count, *noise.shape[1:], generator=generator, dtype=noise.dtype)
+        holdout = fresh[state.process_index :: state.num_processes][: len(noise)].to(device)
+    holdout = holdout.to(noise.dtype)
+    if holdout_cond is None:
+        if cond and len(holdout) != len(noise):
+            raise ValueError(
+                f"`holdout_cond` must be given for a `holdout` of {len(holdout)} beside a `noise` of {len(noise)}."
+            )
+        holdout_cond = cond
     counted = _Counted(predict)
     calls = len(student.timesteps)
-    parts, held_parts = _parts(noise, cond, batch_size), _parts(holdout, held_cond, batch_size)
+    parts = _parts(noise, cond, batch_size, "cond")
+    held_parts = _parts(holdout, holdout_cond, batch_size, "holdout_cond")
     evaluations = len(noise) * (len(teacher.timesteps) + calls) + len(holdout) * (len(teacher.timesteps) + 2 * calls)
     with tqdm(total=evaluations, unit="eval", desc=f"{num_inference_steps} steps", disable=not progress_bar) as bar:
         counted.bar = bar
@@ -161,20 +180,22 @@ def fit_d_ode(
         for call in range(calls):
             for run in runs:
                 run.advance(call, directions)
-            fitted, errors, cos = _fit_call(runs, ridge)
+            fitted, errors, cos = _fit_call(runs, ridge, f"{num_inference_steps} steps, call {call}")
             for run in runs:
                 run.correct(fitted)
             lambdas.append(fitted), stderr.append(errors), cosine.append(cos)
-        table = student.fingerprint() | {
+        table = dict(notes or {}) | student.fingerprint()
+        table |= {
             "lambdas": [row if directions > 1 else row[0] for row in lambdas],
             "stderr": [row if directions > 1 else row[0] for row in stderr],
             "cosine": cosine,
             "directions": directions,
-            "batch_size": int(_total(torch.tensor(len(noise), device=device))),
-            "teacher": {"class": _stock_name(teacher), "steps": len(teacher.nodes) - 1, "scale": scale},
-            **(notes or {}),
+            "batch_size": count,
+            "teacher": {"class": teacher._stock_class.__name__, "steps": len(teacher.nodes) - 1},
         }
         error, error_base = _held_out(student, teacher, places, held_parts, counted, num_inference_steps, table)
+    if not math.isfinite(error + error_base):
+        raise FloatingPointError(f"D-ODE: the held-out samples of {num_inference_steps} steps are not finite.")
     accepted = error <= error_base
     table |= {"heldout_mse": error, "heldout_mse_base": error_base}
     report = DODEReport(
@@ -207,28 +228,57 @@ def nested_teacher(
     Raises:
         ValueError: if neither does.
     """
-    fine = distilled_copy(student if teacher_scheduler is None else teacher_scheduler)
-    steps = student.num_inference_steps or len(student.timesteps)
-    scale = max(1, min(scale, student.config.num_train_timesteps // steps))
+    steps, trained = student.num_inference_steps or len(student.timesteps), student.config.num_train_timesteps
+    if scale > trained // steps:
+        logger.warning(f"`scale` is lowered from {scale} to {trained // steps}: the teacher has {trained} timesteps.")
+        scale = max(1, trained // steps)
+    own = teacher_scheduler is None
+    fine = distilled_copy(student if own else teacher_scheduler)
+    if not own and fine.config.get("prediction_type") != student.config.get("prediction_type"):
+        raise ValueError(
+            f"`teacher_scheduler` must have the student's prediction type {student.config.get('prediction_type')!r}, "
+            f"but has {fine.config.get('prediction_type')!r}."
+        )
+    if str(fine.config.get("algorithm_type", "")).startswith("sde") and not own:
+        raise ValueError(f"`teacher_scheduler` must be deterministic, but is {fine.config.algorithm_type!r}.")
+    if places := _places(student, fine, steps, scale, device, own):
+        return (_on_grid_of(fine) if own else fine), places
+    others = [c for c in range(2, min(20, trained // steps) + 1) if _places(student, fine, steps, c, device, own)]
+    if others:
+        raise ValueError(f"`scale` must be one of {others} for {steps} steps on this grid, but is {scale}.")
+    grid = f"{type(student).__name__} (`timestep_spacing` {student.config.get('timestep_spacing')!r})"
+    raise ValueError(
+        f"`num_inference_steps` {steps} on this grid of {grid} is not contained in that of "
+        f"{type(fine)._stock_class.__name__} with more steps. Build the scheduler with `timestep_spacing='trailing'`, "
+        "whose grids nest, or with Karras sigmas."
+    )
+
+
+def _places(student, fine, steps: int, scale: int, device, own: bool) -> list[int] | None:
+    """The places of the student's nodes on the grid of `fine` at `scale` times the steps; None if it lacks them."""
     for count, places in (
         (scale * steps, [scale * k for k in range(steps + 1)]),
         ((steps - 1) * scale + 1, [*(scale * k for k in range(steps)), (steps - 1) * scale + 1]),
     ):
         fine.set_timesteps(count, device=device)
-        if len(fine.nodes) == count + 1 and all(
-            _same_level(level, fine.nodes[place]) for level, place in zip(student.nodes, places, strict=True)
-        ):
-            return (_on_grid_of(fine) if teacher_scheduler is None else fine), places
-    raise ValueError(
-        f"`num_inference_steps` {steps} on this grid of {type(student).__name__} (`timestep_spacing` "
-        f"{student.config.get('timestep_spacing')!r}) is not contained in that of a teacher with {scale} times the "
-        "steps. Build the scheduler with `timestep_spacing='trailing'`, whose grids nest, or with Karras sigmas."
-    )
+        pairs = zip(student.nodes, places, strict=True)
+        whole = len(fine.nodes) == count + 1 and (own or _meets_its_timesteps(fine))
+        if whole and all(_same_level(level, fine.nodes[place]) for level, place in pairs):
+            return places
+    return None
+
+
+def _meets_its_timesteps(teacher: DODESchedulerMixin) -> bool:
+    try:
+        teacher.check_grid()
+    except ValueError:
+        return False
+    return True
 
 
 def _same_level(a: tuple[float, float], b: tuple[float, float], tolerance: float = 1e-5) -> bool:
     """Equal `sigma / alpha`, whatever the coordinates."""
-    here, there = a[1] / a[0], b[1] / b[0]
+    here, there = ratio(a), ratio(b)
     return abs(here - there) <= tolerance * max(here, there) + 1e-8
 
 
@@ -244,7 +294,7 @@ def _on_grid_of(fine: DODESchedulerMixin) -> DODESchedulerMixin:
     teacher = solver.from_config(config, **settings)
     teacher.set_timesteps(len(fine.nodes) - 1, device=fine.timesteps.device)
     flow = teacher.config.get("use_flow_sigmas", False)
-    sigmas = [sigma if flow else sigma / alpha for alpha, sigma in fine.nodes]
+    sigmas = [level[1] if flow else ratio(level) for level in fine.nodes]
     teacher.sigmas, teacher.timesteps = torch.tensor(sigmas, dtype=torch.float32), fine.node_timesteps
     return teacher
 
@@ -258,13 +308,17 @@ class _Counted:
     def __call__(self, sample: torch.Tensor, t: torch.Tensor, cond: Cond | None) -> torch.Tensor:
         self.samples += len(sample)
         self.bar.update(len(sample))
-        return self.predict(sample, t) if cond is None else self.predict(sample, t, cond)
+        return self.predict(sample, t, cond) if cond else self.predict(sample, t)
 
 
-def _parts(noise: torch.Tensor, cond: Cond | None, batch_size: int | None) -> list[tuple[torch.Tensor, Cond | None]]:
+def _parts(
+    noise: torch.Tensor, cond: Cond | None, batch_size: int | None, argument: str
+) -> list[tuple[torch.Tensor, Cond | None]]:
     for name, value in (cond or {}).items():
         if len(value) != len(noise):
-            raise ValueError(f"`cond` must have {len(noise)} rows, one per noise, but {name!r} has {len(value)}.")
+            raise ValueError(
+                f"`{argument}` must have {len(noise)} rows, one per noise, but {name!r} has {len(value)}."
+            )
     places = torch.arange(len(noise)).split(batch_size or len(noise))
     return [(noise[p], None if cond is None else {k: v[p.to(v.device)] for k, v in cond.items()}) for p in places]
 
@@ -286,7 +340,7 @@ def end_of(states: Iterable[tuple[int, torch.Tensor]]) -> torch.Tensor:
 
 def _teacher_states(student, teacher, places, x, cond, predict) -> list[torch.Tensor]:
     """The teacher's states at the student's nodes, in the student's coordinates, from the same start `x`."""
-    scales = [student.nodes[k][0] / teacher.nodes[place][0] for k, place in enumerate(places)]
+    scales = [math.hypot(*student.nodes[k]) / math.hypot(*teacher.nodes[place]) for k, place in enumerate(places)]
     teacher = copy.deepcopy(teacher)
     wanted = {place: k for k, place in enumerate(places)}
     states: list[torch.Tensor] = [x] * len(places)
@@ -327,11 +381,13 @@ class _Run:
         self.x = self.base + sum(weight * d for weight, d in moved if weight) if any(lambdas) else self.base
 
 
-def _fit_call(runs: list[_Run], ridge: float) -> tuple[list[float], list[float], float]:
+def _fit_call(runs: list[_Run], ridge: float, where: str) -> tuple[list[float], list[float], float]:
     """`lambda`, its standard error and the cosine of one call, over all micro-batches and ranks."""
     gram = _total(sum(run.gram.sum(0) for run in runs))
     projection = _total(sum(run.projection.sum(0) for run in runs))
     square, scale = (_total(sum(getattr(run, name) for run in runs)) for name in ("square", "scale"))
+    if not torch.isfinite(gram.sum() + projection.sum() + square):
+        raise FloatingPointError(f"D-ODE: the states of {where}, are not finite.")
     lambdas, errors = torch.zeros_like(projection), torch.zeros_like(projection)
     # a direction that is no more than rounding of `w m` cannot be fitted
     usable = gram.diagonal() > 1e-6 * scale
@@ -376,7 +432,3 @@ def _held_out(student, teacher, places, parts, predict, steps: int, table: dict)
 def _total(value: torch.Tensor) -> torch.Tensor:
     """The sum over processes."""
     return reduce(value, "sum")
-
-
-def _stock_name(scheduler: DODESchedulerMixin) -> str:
-    return scheduler.fingerprint()["base_class"]

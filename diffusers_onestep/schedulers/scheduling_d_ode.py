@@ -29,7 +29,20 @@ logger = logging.get_logger(__name__)
 Level = tuple[float, float]  # alpha and sigma of a node, in the coordinates of the scheduler's samples
 
 # config keys besides the grid that change what a step does
-_SOLVER_KEYS = ("solver_order", "algorithm_type", "solver_type", "lower_order_final", "euler_at_final", "pndm_type")
+_SOLVER_KEYS = (
+    "prediction_type",
+    "solver_order",
+    "algorithm_type",
+    "solver_type",
+    "lower_order_final",
+    "euler_at_final",
+    "pndm_type",
+    "clip_sample",
+    "clip_sample_range",
+    "thresholding",
+    "dynamic_thresholding_ratio",
+    "sample_max_value",
+)
 _STOCHASTIC = ("eta", "s_churn")
 
 
@@ -45,6 +58,12 @@ def first_order(source: Level, target: Level, space: str) -> tuple[float, float]
         return a, sigma_t - a * sigma_s
     a = sigma_t / sigma_s
     return a, alpha_t - a * alpha_s
+
+
+def ratio(level: Level) -> float:
+    """`sigma / alpha`, at most 1e6 where there is no signal."""
+    alpha, sigma = level
+    return sigma / max(alpha, 1e-6 * sigma)
 
 
 def _settings(base: type, extra: dict[str, Any]) -> inspect.Signature:
@@ -79,8 +98,8 @@ class DODESchedulerMixin:
     tensors.
     """
 
-    _space = "sample"  # the space of `m` where the solver leaves a choice
-    _free_space = True
+    _space = "sample"  # of `m`, unless the config says otherwise
+    _free_space = True  # does the solver leave a choice?
     _extra_settings: dict[str, Any] = {}
     _stock_class: type
 
@@ -89,6 +108,7 @@ class DODESchedulerMixin:
     _dode_previous: tuple[int, torch.Tensor] | None = None
     _dode_nodes: list[Level] | None = None
     _dode_begin = 0
+    _dode_refused = False
     _dode_warned = False
 
     def __init_subclass__(cls, **kwargs):
@@ -109,9 +129,10 @@ class DODESchedulerMixin:
             self._check_settings(ours)
             self.register_to_config(**ours)
 
+        if DISTILLED_SCHEDULERS.setdefault(cls._stock_class, cls) is not cls:
+            return  # somebody's subclass of one of ours
         __init__.__signature__ = settings
         cls.__init__ = __init__
-        DISTILLED_SCHEDULERS[cls._stock_class] = cls
         # pipelines look for `eta`, `generator`, `timesteps` and `sigmas` in these signatures
         for name in ("set_timesteps", "step"):
             ours = getattr(DODESchedulerMixin, name)
@@ -130,15 +151,13 @@ class DODESchedulerMixin:
         }.items():
             if ours[key] not in allowed:
                 raise ValueError(f"`{key}` must be one of {allowed}, but is {ours[key]!r}.")
-        if ours["dode_first_step"] == "noise" and (ours["dode_space"] or self._space) != "epsilon":
+        if ours["dode_first_step"] == "noise" and (ours["dode_space"] or self.own_space) != "epsilon":
             raise ValueError("`dode_first_step` must be 'none' in sample space, but is 'noise'.")
         for steps, table in (ours["dode_tables"] or {}).items():
-            numbers = [
-                v for row in table.get("lambdas", [math.nan]) for v in (row if isinstance(row, list) else [row])
-            ]
-            if not isinstance(steps, str) or not all(
-                isinstance(v, (int, float)) and math.isfinite(v) for v in numbers
-            ):
+            rows = table.get("lambdas", [math.nan]) if isinstance(table, dict) else [math.nan]
+            numbers = [v for row in rows for v in (row if isinstance(row, list) else [row])]
+            finite = all(isinstance(v, (int, float)) and math.isfinite(v) for v in numbers)
+            if not (isinstance(steps, str) and steps.isdigit() and finite):
                 raise ValueError(
                     "`dode_tables` must map numbers of steps, as strings, to tables of finite `lambdas`, but has "
                     f"{steps!r}: {table}."
@@ -152,9 +171,14 @@ class DODESchedulerMixin:
         return sorted(int(steps) for steps in self.config.get("dode_tables") or {})
 
     @property
+    def own_space(self) -> str:
+        """The space that the base solver works in."""
+        return "epsilon" if self.config.get("algorithm_type") == "dpmsolver" else self._space
+
+    @property
     def dode_space(self) -> str:
         """Space of the denoising output, `"epsilon"` or `"sample"`."""
-        return self.config.get("dode_space") or self._space
+        return self.config.get("dode_space") or self.own_space
 
     def add_table(self, num_inference_steps: int, table: dict[str, Any]) -> None:
         """Keep the fitted `table` of a number of steps in the config; it replaces an older one."""
@@ -170,7 +194,7 @@ class DODESchedulerMixin:
             "first_step": self.config.get("dode_first_step", "none"),
             "solver": {key: self.config[key] for key in _SOLVER_KEYS if key in self._solver_settings()},
             "timesteps": [float(t) for t in self.timesteps],
-            "sigmas": [sigma / alpha for alpha, sigma in self.nodes],
+            "sigmas": [ratio(level) for level in self.nodes],
         }
 
     def _solver_settings(self) -> set[str]:
@@ -198,6 +222,10 @@ class DODESchedulerMixin:
                     f"{here}. Restore the settings of the fit, fit anew, or drop the tables with `dode_tables=None`."
                 )
         lambdas = [row if isinstance(row, list) else [row] for row in table["lambdas"]]
+        if len(lambdas) != len(self.timesteps):
+            raise ValueError(
+                f"`lambdas` of {steps} steps must be {len(self.timesteps)}, one per call, but are {len(lambdas)}."
+            )
         return lambdas if any(any(row) for row in lambdas) else None
 
     # the grid
@@ -227,6 +255,11 @@ class DODESchedulerMixin:
             raise ValueError(
                 f"`algorithm_type` must be deterministic to be distilled, but is {self.config.algorithm_type!r}."
             )
+        if self.dode_space == "epsilon" and self.nodes[0][0] == 0:
+            raise ValueError(
+                "`dode_space` must be 'sample' where the first timestep holds no signal (`rescale_betas_zero_snr`), "
+                "but is 'epsilon'."
+            )
 
     # a run
 
@@ -234,9 +267,13 @@ class DODESchedulerMixin:
         super().set_timesteps(*args, **kwargs)
         self._dode_previous = self._dode_nodes = self._dode_lambdas = None
         self._dode_begin = 0
+        self._dode_refused = True
         self._dode_lambdas = self._active_lambdas()
+        self._dode_refused = False
 
     def step(self, *args, **kwargs) -> SchedulerOutput | tuple:
+        if self._dode_refused:
+            raise ValueError("`set_timesteps` must succeed before `step`, but it refused its number of steps.")
         if self._dode_lambdas is None:
             return super().step(*args, **kwargs)
         given = inspect.signature(self._stock_class.step).bind(self, *args, **kwargs).arguments
@@ -275,7 +312,7 @@ class DODESchedulerMixin:
             return call, output, (torch.zeros_like(sample), None)
         previous = self._dode_previous
         if call == 0 and self.config.get("dode_first_step") == "noise":
-            previous = (self._previous_call(call), sample)
+            previous = (self._previous_call(call), sample / self.nodes[0][1])
         difference = None
         if previous is not None and previous[0] == self._previous_call(call) and previous[1].shape == m.shape:
             difference = w * (m - previous[1])
@@ -397,8 +434,11 @@ class _PNDM(PNDMScheduler):
         call = self._call(timestep)
         alpha, sigma = self.nodes[call]
         a, w = first_order(self.nodes[call], self.nodes[call + 1], "epsilon")
-        v = self.config.prediction_type == "v_prediction"
-        eps = alpha * model_output + sigma * sample if v else model_output
+        eps = {
+            "epsilon": lambda: model_output,
+            "v_prediction": lambda: alpha * model_output + sigma * sample,
+            "sample": lambda: (sample - alpha * model_output) / sigma,
+        }[self.config.prediction_type]()
         self.ets = [*self.ets[-3:], eps]
         order = len(self.ets)
         combined = sum(c * e for c, e in zip(_ADAMS_BASHFORTH[order], reversed(self.ets), strict=True))
@@ -460,9 +500,13 @@ class DistilledPNDMScheduler(_DiscreteTime, _PNDM):
     def _call(self, timestep: Any) -> int:
         if self._own_steps:
             return super()._call(timestep)
+        first = super()._call(timestep)
         if self.counter == 0:
-            self._dode_begin = super()._call(timestep)
-        return self._dode_begin + self.counter
+            self._dode_begin = first
+        if self.counter < 2:
+            return self._dode_begin + self.counter
+        # the second of the two calls at the first step's end, if it is that one
+        return max(i for i, t in enumerate(self.timesteps.tolist()) if t == int(timestep))
 
     def _before(self, call: int, timestep: Any, sample: torch.Tensor) -> Any:
         if self._own_steps or self._dode_begin == 0:
@@ -492,11 +536,6 @@ class DistilledDPMSolverMultistepScheduler(_SigmaRatio, DPMSolverMultistepSchedu
     The authors' code has no D-DPM-Solver++; the rule is the same.
     """
 
-    @property
-    def dode_space(self) -> str:
-        plain = self.config.algorithm_type == "dpmsolver"
-        return self.config.get("dode_space") or ("epsilon" if plain else "sample")
-
 
 class DistilledDEISMultistepScheduler(_SigmaRatio, DEISMultistepScheduler):
     """
@@ -516,10 +555,6 @@ class DistilledDPMSolverSinglestepScheduler(_SigmaRatio, DPMSolverSinglestepSche
     """
 
     _free_space = False
-
-    @property
-    def dode_space(self) -> str:
-        return "epsilon" if self.config.algorithm_type == "dpmsolver" else "sample"
 
     def call_nodes(self, call: int) -> tuple[int, int]:
         return call + 1 - self.order_list[call], call + 1
