@@ -5,7 +5,7 @@ import pytest
 from conftest import ROOT
 
 from diffusers_onestep.arguments import parse_args
-from diffusers_onestep.presets import DMD_PRESETS, SID_PRESETS
+from diffusers_onestep.presets import DKDM_PRESETS, DMD_PRESETS, PID_PRESETS, SID_PRESETS
 
 REQUIRED = ["--pretrained_teacher_model", "fashion32", "--output_dir", "out"]
 
@@ -18,15 +18,22 @@ def script(name):
 
 
 SID, DMD = script("train_sid").SiDArguments, script("train_dmd").DMDArguments
+PID, DKDM = script("train_pid").PIDArguments, script("train_dkdm").DKDMArguments
 
 
 def test_defaults_are_the_papers():
     sid, dmd = parse_args(SID, REQUIRED), parse_args(DMD, REQUIRED)
     assert (sid.alpha, sid.start_ratio, sid.adam_beta1, sid.loss_scale) == (1.2, 2.5, 0.0, 100.0)
+    pid, dkdm = parse_args(PID, REQUIRED), parse_args(DKDM, REQUIRED)
+    assert (pid.num_points, pid.rule, pid.distance, pid.optimizer) == (250, "first", "lpips", "radam")
+    assert (dkdm.scheme, dkdm.reservoir_ratio, dkdm.learning_rate) == ("dynamic", 0.4, 1e-4)
     assert (dmd.start_ratio, dmd.adam_beta1, dmd.adam_weight_decay, dmd.ema_halflife_kimg) == (None, 0.9, 0.01, 0.0)
 
 
-@pytest.mark.parametrize("arguments_class, presets", [(SID, SID_PRESETS), (DMD, DMD_PRESETS)])
+@pytest.mark.parametrize(
+    "arguments_class, presets",
+    [(SID, SID_PRESETS), (DMD, DMD_PRESETS), (PID, PID_PRESETS), (DKDM, DKDM_PRESETS)],
+)
 def test_every_preset_is_made_of_flags(arguments_class, presets):
     for name, values in presets.items():
         args = parse_args(arguments_class, [*REQUIRED, "--preset", name], presets)
@@ -39,7 +46,10 @@ def test_published_numbers():
     assert SID_PRESETS["ffhq64"]["student_adam_beta1"] == 0.9
     assert DMD_PRESETS["dmd2-imagenet64"]["max_train_steps"] == 40_000
     assert DMD_PRESETS["cifar10-cond"]["train_batch_size"] == 56
-    for preset in (*SID_PRESETS.values(), *DMD_PRESETS.values()):
+    assert PID_PRESETS["cifar10-uncond"]["max_train_steps"] == 800_000
+    assert PID_PRESETS["imagenet64-cond"]["learning_rate"] == 1e-4
+    presets = (SID_PRESETS, DMD_PRESETS, PID_PRESETS, DKDM_PRESETS)
+    for preset in (preset for table in presets for preset in table.values()):
         assert preset["global_batch_size"] % preset["train_batch_size"] == 0
 
 

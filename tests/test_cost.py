@@ -8,7 +8,7 @@ from diffusers import UNet2DModel
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusers_onestep import DMD, Denoiser, SiD, VPSchedule
+from diffusers_onestep import DKDM, DMD, PID, Denoiser, SiD, VPSchedule
 
 VP = VPSchedule(torch.linspace(0.9999, 0.01, 1000))
 BATCH = {"batch_size": 2, "cond": {}}
@@ -39,6 +39,10 @@ def forward_flops():
     return flops(lambda: net(torch.randn(2, 4, 16, 16), torch.tensor([1, 2])))
 
 
+def compression(teacher):
+    return DKDM(teacher, Denoiser(network(), VP, "epsilon"), batch_size=2, num_steps=10)
+
+
 @pytest.mark.parametrize(
     "method, options, bound",
     [
@@ -46,6 +50,9 @@ def forward_flops():
         (DMD, {"fake_score_updates": 3}, 8 + 2 * 4),
         (SiD, {}, 11),  # 4F + 7F
         (SiD, {"sequential": True}, 14),
+        (PID, {"distance": "l2"}, 7),  # two student evaluations and the teacher
+        (PID, {"distance": "l2", "rule": "second"}, 10),
+        (compression, {}, 4),  # the teacher, and a student of its size
     ],
 )
 def test_flops_of_an_iteration_are_within_two_percent_of_the_bound(method, options, bound):

@@ -1,12 +1,14 @@
 """The invariants of the PID specification, numbered as there."""
 
 import math
+import shutil
 
 import pytest
 import torch
 from analytic import GaussianNetwork, gaussian_denoiser
 from conftest import tiny_unet
 from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from test_trainer import run, script
 from torch import nn
 
 from diffusers_onestep import PID, Denoiser, EDMSchedule, FlowSchedule, OneStepPipeline, OneStepScheduler, VPSchedule
@@ -333,6 +335,24 @@ def test_the_exact_rule_trains_a_real_network(schedule, kind):
     ((_, loss),) = distiller.updates(batch)
     loss.backward()
     assert loss.isfinite() and any(p.grad.abs().sum() > 0 for p in distiller.student.network.parameters())
+
+
+def test_the_script_trains_saves_and_goes_on_bit_for_bit(teacher_folder, tmp_path):
+    flags = {"pretrained_teacher_model": teacher_folder, "distance": "l2", "num_points": 18, "train_batch_size": 2}
+    flags |= {"max_train_steps": 4, "checkpointing_steps": 2, "ema_halflife_kimg": 0.01}
+    folders = [tmp_path / name for name in ("whole", "resumed")]
+    for folder in folders:
+        command = script("train_pid.py", *(p for k, v in flags.items() for p in (f"--{k}", v)), "--output_dir", folder)
+        run(command)
+    shutil.rmtree(folders[1] / "checkpoints" / "step-000004")
+    run([*command, "--resume_from_checkpoint", "latest"])
+    weights = [(f / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() for f in folders]
+    assert weights[0] == weights[1]
+    pipe = OneStepPipeline.from_pretrained(folders[0])
+    assert pipe.scheduler.config.parameterization == "trajectory"
+    assert pipe(class_labels=[0, 2]).images[0].size == (16, 16)
+    with pytest.raises(ValueError, match="`num_inference_steps` must be 1"):
+        pipe(class_labels=0, num_inference_steps=4)
 
 
 def test_vp_grids_lie_on_the_teachers_timesteps_without_repeats():

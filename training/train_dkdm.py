@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 from diffusers_onestep import DKDM, Denoiser, train
 from diffusers_onestep.arguments import TrainArguments, parse_args
@@ -52,6 +53,10 @@ def main(args: DKDMArguments) -> None:
         )
     if args.reservoir_dtype not in ("float32", "float16"):
         raise ValueError(f"`reservoir_dtype` must be 'float32' or 'float16', but is {args.reservoir_dtype!r}.")
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    own_batch = args.train_batch_size * args.gradient_accumulation_steps
+    if args.global_batch_size:
+        own_batch = args.global_batch_size // accelerator.num_processes
     teacher = Teacher.from_pretrained(args.pretrained_teacher_model, revision=args.revision, variant=args.variant)
     torch.manual_seed(args.seed)  # the student starts at random
     if args.shrink is not None:
@@ -62,7 +67,7 @@ def main(args: DKDMArguments) -> None:
     distiller = DKDM(
         teacher.guided(args.guidance_scale),
         student,
-        batch_size=args.train_batch_size * args.gradient_accumulation_steps,
+        batch_size=own_batch,
         scheme=args.scheme,
         reservoir_ratio=args.reservoir_ratio,
         num_steps=args.num_steps,
@@ -75,7 +80,7 @@ def main(args: DKDMArguments) -> None:
         sample_shape=teacher.sample_shape,
     )
     if not (args.resume_from_checkpoint and checkpoints(Path(args.output_dir))):
-        prepare(distiller, args)
+        prepare(distiller, args, accelerator)
 
     def save(folder: Path) -> None:
         write_repository(student_pipeline(teacher, network), folder)
@@ -101,11 +106,8 @@ def main(args: DKDMArguments) -> None:
     train(distiller, Batches(Conditions(), args.train_batch_size, args.seed), args, save=save, validate=validate)
 
 
-def prepare(distiller: DKDM, args: DKDMArguments) -> None:
+def prepare(distiller: DKDM, args: DKDMArguments, accelerator: Accelerator) -> None:
     """Fill the reservoir, each process its own; on the device and in the precision of the run."""
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
     if args.cpu_threads:
         torch.set_num_threads(args.cpu_threads)
     distiller.teacher.to(accelerator.device)
