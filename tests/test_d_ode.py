@@ -1185,3 +1185,31 @@ def test_the_comparison_runs_and_goes_on(tmp_path):
     assert "| ddim |" in (tmp_path / "table.md").read_text()
     run(script("compare_solvers.py", *flags, "--network_evaluations", 3, 5))
     assert json.loads((tmp_path / "metrics.json").read_text())["results"] == content["results"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"prediction_type": "v_prediction"},
+        {"timestep_spacing": "leading"},
+        {"timestep_spacing": "linspace"},
+        {"num_train_timesteps": 200},
+        {"trained_betas": torch.linspace(0.001, 0.02, 1000).tolist()},
+    ],
+)
+@pytest.mark.parametrize("name", ["ddim", "plms", "dpm2", "dpm3", "deis", "single2", "euler", "heun"])
+@pytest.mark.parametrize("steps", [4, 50])
+def test_without_tables_every_config_is_the_stock_class(name, options, steps):
+    kind, settings = SOLVERS[name]
+    ours, base = getattr(diffusers_onestep, f"Distilled{kind}Scheduler"), getattr(diffusers, f"{kind}Scheduler")
+    known = inspect.signature(base.__init__).parameters
+    config = settings | {k: v for k, v in options.items() if k in known}
+    noise = noises(2)
+    expected = final(base(**config), random_network, noise, steps)
+    assert torch.equal(final(ours(**config), random_network, noise, steps), expected)
+    # positional arguments, as the stock class takes them
+    first = list(known)[1:3]
+    positional = [config.pop(key, known[key].default) for key in first]
+    assert torch.equal(final(ours(*positional, **config), random_network, noise, steps), expected)

@@ -57,6 +57,15 @@ def copy_denoiser(denoiser: Denoiser | GuidedDenoiser) -> Denoiser:
     return Denoiser(network, denoiser.schedule, denoiser.prediction_type)
 
 
+def check_same_prediction(student: Denoiser, teacher: Denoiser | GuidedDenoiser) -> None:
+    """Raise a `ValueError` unless both predict the same thing."""
+    if student.prediction_type != teacher.prediction_type:
+        raise ValueError(
+            f"`student` must predict what the teacher does ({teacher.prediction_type!r}), but predicts "
+            f"{student.prediction_type!r}."
+        )
+
+
 class Distiller(ABC):
     """A method: networks to train, and the paper's algorithm box as a generator of losses.
 

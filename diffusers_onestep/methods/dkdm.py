@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..denoiser import Cond, Denoiser, GuidedDenoiser, predict_x0, scale_input
 from ..schedules import EDMSchedule, VPSchedule, karras_sigma
-from .base import Distiller, Generators, Paper, normal, sample_shape_of, uniform
+from .base import Distiller, Generators, Paper, check_same_prediction, normal, sample_shape_of, uniform
 
 SCHEMES = ("dynamic", "shuffled", "iterative", "synthetic")
 
@@ -254,6 +254,8 @@ class Reservoir:
         Raises:
             ValueError: if it is that of other trajectories.
         """
+        if not paths:
+            raise ValueError("`paths` must name the files of a reservoir, but there are none.")
         parts: dict[str, list[torch.Tensor]] = {"x": [], "r": [], "row": [], "offset": []}
         for path in sorted(paths):
             with safe_open(path, "pt") as file:
@@ -320,11 +322,7 @@ class DKDM(Distiller):
         bare = isinstance(teacher, torch.nn.Module)
         self.teacher = teacher if bare else teacher.denoiser
         self.teacher.requires_grad_(False).eval()
-        if student.prediction_type != self.teacher.prediction_type:
-            raise ValueError(
-                f"`student` must predict what the teacher does ({self.teacher.prediction_type!r}), but predicts "
-                f"{student.prediction_type!r}."
-            )
+        check_same_prediction(student, self.teacher)
         if learned_variance and isinstance(self.teacher, GuidedDenoiser):
             raise ValueError("`learned_variance` must be False with a guided teacher, but is True.")
         self.student, self.scheme = student, scheme

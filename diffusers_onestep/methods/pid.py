@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..denoiser import Cond, Denoiser, end_of_trajectory, ode_time, predict_x0, scale_input, trajectory
 from ..schedules import FlowSchedule, VPSchedule, karras_sigma
-from .base import OneStepDistiller, Paper, copy_denoiser, normal, sample_shape_of, uniform
+from .base import OneStepDistiller, Paper, check_same_prediction, copy_denoiser, normal, sample_shape_of, uniform
 from .distances import Distance, image_distance
 
 __all__ = ["PID", "residual", "time_grid", "trajectory"]
@@ -96,6 +96,7 @@ class PID(OneStepDistiller):
         self.origin = teacher
         self.student = copy_denoiser(self.teacher)
         if student is not None:
+            check_same_prediction(student, self.teacher)
             self.student.network = copy_denoiser(student).network
         self.rule = rule
         self.distance = image_distance(distance) if isinstance(distance, str) else distance

@@ -13,7 +13,16 @@ from torch import nn
 
 from ..denoiser import Cond, Denoiser, GuidedDenoiser
 from ..schedules import EDMSchedule, VPSchedule
-from .base import Batch, Generators, OneStepDistiller, copy_denoiser, normal, sample_shape_of, uniform
+from .base import (
+    Batch,
+    Generators,
+    OneStepDistiller,
+    check_same_prediction,
+    copy_denoiser,
+    normal,
+    sample_shape_of,
+    uniform,
+)
 
 
 class ScoreDistiller(OneStepDistiller):
@@ -53,11 +62,7 @@ class ScoreDistiller(OneStepDistiller):
         self.origin = teacher
         self.student = copy_denoiser(self.teacher)
         if student is not None:
-            if student.prediction_type != self.teacher.prediction_type:
-                raise ValueError(
-                    f"`student` must predict what the teacher does ({self.teacher.prediction_type!r}), "
-                    f"but predicts {student.prediction_type!r}."
-                )
+            check_same_prediction(student, self.teacher)
             self.student.network = copy_denoiser(student).network  # on the teacher's schedule
         self.fake_score = copy_denoiser(self.teacher)
         self.fake_score_updates = fake_score_updates
