@@ -148,6 +148,11 @@ class Teacher:
         known = named_labels(None, network) == self.id2label
         return OneStepPipeline(network, scheduler, None if known else self.id2label)
 
+    def compressed_pipeline(self, network: nn.Module) -> OneStepPipeline:
+        """The pipeline of another network for the same many steps: this teacher's scheduler and labels."""
+        self.check_distillable()
+        return OneStepPipeline(network, self.scheduler, self.id2label)
+
     def check_distillable(self) -> None:
         """Raise a `ValueError` for teachers whose one-step students have no pipeline yet."""
         if self.takes_prompts:

@@ -21,8 +21,8 @@ from diffusers_onestep import (
     Teacher,
     VPSchedule,
 )
-from diffusers_onestep.compression import network_from_config, shrunk
 from diffusers_onestep.methods.dkdm import Chain, Reservoir, dkdm_loss, gaussian_kl
+from diffusers_onestep.models import network_from_config, shrunk
 
 VP = VPSchedule(DDPMScheduler().alphas_cumprod)
 SHORT = VPSchedule(DDPMScheduler(num_train_timesteps=200, beta_schedule="squaredcos_cap_v2").alphas_cumprod)
@@ -447,3 +447,14 @@ def test_a_compressed_student_is_where_a_one_step_student_starts(compressed, tea
     run(script("train_sid.py", *(part for k, v in flags.items() for part in (f"--{k}", v))))
     pipe = OneStepPipeline.from_pretrained(tmp_path / "sid")
     assert pipe.unet.config.block_out_channels == [4, 8] and pipe(class_labels=0).images
+
+
+def test_defaults_alone_make_a_student_of_half_the_width(caplog):
+    teacher = Teacher.from_pretrained("fashion32")
+    distiller = DKDM(teacher, num_steps=10)
+    sizes = [sum(p.numel() for p in d.network.parameters()) for d in (distiller.student, distiller.teacher)]
+    assert sizes[0] < 0.5 * sizes[1] and len(distiller.reservoir) == 4 * 128
+    ((name, loss),) = distiller.updates({"batch_size": 4})
+    assert name == "student" and loss.requires_grad
+    with pytest.raises(ValueError, match="`shrink` needs a network with"):
+        DKDM(gaussian_denoiser(VP, "epsilon"), sample_shape=(1, 1, 1))

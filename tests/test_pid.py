@@ -377,6 +377,10 @@ def test_bad_options_name_what_is_allowed(options, message):
         PID(Denoiser(tiny_unet(), VP, "epsilon"), **{"distance": "l2"} | options)
 
 
+def test_the_papers_defaults_need_nothing_but_a_teacher():
+    assert len(PID(Denoiser(tiny_unet(), EDMSchedule(), "edm")).timesteps) == 250
+
+
 def test_stlpips_is_a_distance_of_images():
     pytest.importorskip("stlpips_pytorch.stlpips")
     distance = image_distance("stlpips")

@@ -12,10 +12,10 @@ from accelerate import Accelerator
 
 from diffusers_onestep import DKDM, Denoiser, train
 from diffusers_onestep.arguments import TrainArguments, parse_args
-from diffusers_onestep.compression import network_from_config, shrunk, student_pipeline
 from diffusers_onestep.data import Batches, Conditions
 from diffusers_onestep.evaluation import comparison_grid, evaluate
 from diffusers_onestep.features import FashionCNN
+from diffusers_onestep.models import network_from_config, shrunk
 from diffusers_onestep.presets import DKDM_PRESETS
 from diffusers_onestep.repository import write_repository
 from diffusers_onestep.sampling import sample
@@ -83,7 +83,7 @@ def main(args: DKDMArguments) -> None:
         prepare(distiller, args, accelerator)
 
     def save(folder: Path) -> None:
-        write_repository(student_pipeline(teacher, network), folder)
+        write_repository(teacher.compressed_pipeline(network), folder)
 
     def validate(folder: Path) -> dict[str, float]:
         steps = args.validation_inference_steps
@@ -95,7 +95,7 @@ def main(args: DKDMArguments) -> None:
         if not args.validation_samples or teacher.sample_shape != FashionCNN.input_shape:
             return {}
         row = evaluate(
-            Teacher(student_pipeline(teacher, network)),
+            Teacher(teacher.compressed_pipeline(network)),
             num_inference_steps=steps,
             num_samples=args.validation_samples,
             seed=args.seed + 1000,

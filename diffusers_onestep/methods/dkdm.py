@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..denoiser import Cond, Denoiser, GuidedDenoiser, predict_x0, scale_input
+from ..models import shrunk
 from ..schedules import EDMSchedule, VPSchedule, karras_sigma
 from .base import Distiller, Generators, Paper, check_same_prediction, normal, sample_shape_of, uniform
+
+logger = logging.get_logger(__name__)
 
 SCHEMES = ("dynamic", "shuffled", "iterative", "synthetic")
 
@@ -278,8 +282,9 @@ class DKDM(Distiller):
 
     Args:
         teacher (`Teacher`, `Denoiser` or `GuidedDenoiser`): stays frozen. A guided one hands its guidance on.
-        student (`Denoiser`): the network to train, of the teacher's schedule and prediction type.
-        batch_size (`int`): samples per update and process, which sizes the reservoir.
+        student (`Denoiser`, *optional*): the network to train, of the teacher's schedule and prediction type; by
+            default one of half the teacher's width, which is the ratio of the paper's main student.
+        batch_size (`int`, *optional*, defaults to 128): samples per update and process, which sizes the reservoir.
         scheme (`str`, *optional*, defaults to `"dynamic"`): `"dynamic"` random slots of a large reservoir,
             `"shuffled"` one batch at mixed times, `"iterative"` one batch at one time, or `"synthetic"`, the
             baseline: ordinary training on `slots` finished samples of the teacher.
@@ -302,9 +307,9 @@ class DKDM(Distiller):
     def __init__(
         self,
         teacher: Any,
-        student: Denoiser,
+        student: Denoiser | None = None,
         *,
-        batch_size: int,
+        batch_size: int = 128,
         scheme: str = "dynamic",
         reservoir_ratio: float = 0.4,
         num_steps: int | None = None,
@@ -322,6 +327,9 @@ class DKDM(Distiller):
         bare = isinstance(teacher, torch.nn.Module)
         self.teacher = teacher if bare else teacher.denoiser
         self.teacher.requires_grad_(False).eval()
+        if student is None:
+            network = shrunk(self.teacher.network, 0.5)
+            student = Denoiser(network, self.teacher.schedule, self.teacher.prediction_type)
         check_same_prediction(student, self.teacher)
         if learned_variance and isinstance(self.teacher, GuidedDenoiser):
             raise ValueError("`learned_variance` must be False with a guided teacher, but is True.")
@@ -347,6 +355,7 @@ class DKDM(Distiller):
             dtype=dtype,
             pin_memory=pin_memory,
         )
+        self.prepared = False
         self._diagnostics: dict[str, torch.Tensor] = {}
 
     @property
@@ -361,6 +370,7 @@ class DKDM(Distiller):
     def prepare(self, seed: int = 0, batch_size: int = 250, progress_bar: bool = True) -> None:
         """Shuffle denoise: bring every slot to a time that is drawn uniformly from `1 .. K - 1`; for the synthetic
         scheme to its end. The iterative scheme needs none."""
+        self.prepared = True
         if self.scheme == "iterative":
             return
         reservoir, steps = self.reservoir, self.chain.num_steps
@@ -392,6 +402,9 @@ class DKDM(Distiller):
 
     def updates(self, batch, generator=None):
         size = batch["batch_size"]
+        if self.scheme != "iterative" and not self.prepared:
+            logger.warning("DKDM.prepare() was not called: all trajectories start at pure noise, at the same time.")
+            self.prepared = True
         if self.scheme == "synthetic":
             yield "student", self.synthetic_loss(size, generator)
             return
@@ -423,4 +436,5 @@ class DKDM(Distiller):
 
     def load_state(self, folder: Path, rank: int, ranks: int) -> None:
         """This process's share of the slots that a checkpoint holds."""
+        self.prepared = True
         self.reservoir.load(list(Path(folder).glob("reservoir-*.safetensors")), rank, ranks)

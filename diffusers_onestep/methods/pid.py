@@ -1,5 +1,6 @@
 """PID, physics informed distillation (Tee et al., TMLR 2024, arXiv:2411.08378)."""
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..denoiser import Cond, Denoiser, end_of_trajectory, ode_time, predict_x0, scale_input, trajectory
 from ..schedules import FlowSchedule, VPSchedule, karras_sigma
 from .base import OneStepDistiller, Paper, check_same_prediction, copy_denoiser, normal, sample_shape_of, uniform
-from .distances import Distance, image_distance
+from .distances import DISTANCES, Distance, image_distance
 
 __all__ = ["PID", "residual", "time_grid", "trajectory"]
 
@@ -99,7 +100,9 @@ class PID(OneStepDistiller):
             check_same_prediction(student, self.teacher)
             self.student.network = copy_denoiser(student).network
         self.rule = rule
-        self.distance = image_distance(distance) if isinstance(distance, str) else distance
+        if isinstance(distance, str) and distance not in DISTANCES:
+            raise ValueError(f"`distance` must be one of {sorted(DISTANCES)}, but is {distance!r}.")
+        self._distance = distance
         own = self.teacher.prediction_type
         self.head = head or ("network" if own in ("edm", "sample") else "teacher")
         self.prediction_type = own if self.head == "teacher" else "sample"
@@ -129,6 +132,11 @@ class PID(OneStepDistiller):
     @property
     def trainable(self):
         return {"student": self.student.network}
+
+    @cached_property
+    def distance(self) -> Distance:
+        """The distance of the loss, whose network is loaded when it is first needed."""
+        return image_distance(self._distance) if isinstance(self._distance, str) else self._distance
 
     @property
     def diagnostics(self):
