@@ -680,6 +680,9 @@ def test_pixel_pipelines_keep_the_class(tmp_path):
     with torch.no_grad():
         expected = final(loaded, predict, noise, 4)
     torch.testing.assert_close(torch.from_numpy(image[0, ..., 0]), (expected[0, 0] / 2 + 0.5).clamp(0, 1))
+    again.set_progress_bar_config(disable=True)
+    same = again(num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type="np").images
+    torch.testing.assert_close(torch.from_numpy(same), torch.from_numpy(image))
 
 
 @EVERY
