@@ -16,7 +16,7 @@ from diffusers import SchedulerMixin
 from tqdm.auto import tqdm
 
 from .features import FashionCNN, reference_moments
-from .metrics import frechet_distance_of_moments, moments
+from .metrics import bootstrap_error, frechet_distance_of_moments, moments
 from .pipelines import OneStepPipeline
 from .repository import write_json
 from .sampling import picture, save_grid
@@ -36,6 +36,8 @@ class Metrics:
     num_samples: int
     images_per_second: float
     seed: int
+    error: float | None = None  # bootstrap standard error of `value`
+    extractor: str | None = None  # digest of the feature network's weights
 
 
 def noises_and_labels(sample_shape, num_labels: int | None, num_samples: int, seed: int):
@@ -116,14 +118,21 @@ def evaluate(
         features = gather_object(features)
         speed = sum(gather_object([speed]))
     expected = reference_moments(reference) if reference else reference_moments()
-    value = frechet_distance_of_moments(*moments(torch.cat(features)), *expected)
-    return Metrics(name, steps, network.name, value, num_samples, speed, seed)
+    samples = torch.cat(features)
+
+    def distance(samples: torch.Tensor) -> float:
+        return frechet_distance_of_moments(*moments(samples), *expected)
+
+    error = bootstrap_error(distance, samples, resamples=10)
+    return Metrics(name, steps, network.name, distance(samples), num_samples, speed, seed, error, network.digest())
 
 
 def markdown_table(rows: list[Metrics]) -> str:
     """Rows as a table for a terminal or a card."""
     lines = [f"| model | NFE | {rows[0].metric} (n = {rows[0].num_samples:,}) | images/s |", "|---|---|---|---|"]
-    lines += [f"| {row.model} | {row.nfe} | {row.value:.2f} | {row.images_per_second:.0f} |" for row in rows]
+    for row in rows:
+        error = "" if row.error is None else f" ± {row.error:.2f}"
+        lines.append(f"| {row.model} | {row.nfe} | {row.value:.2f}{error} | {row.images_per_second:.0f} |")
     return "\n".join(lines)
 
 

@@ -1,5 +1,6 @@
 """Feature networks that ship with the package, and the statistics of their reference images."""
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -34,6 +35,13 @@ class FashionCNN(nn.Module):
         counters = {k: v for k, v in network.state_dict().items() if k.endswith("num_batches_tracked")}
         network.load_state_dict(counters | state)
         return network.requires_grad_(False).eval()
+
+    def digest(self) -> str:
+        """The first 16 hexadecimal digits of the SHA-256 of the weights, by name."""
+        sha = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            sha.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        return sha.hexdigest()[:16]
 
     @torch.no_grad()
     def forward(self, pixels: torch.Tensor, batch_size: int = 500) -> tuple[torch.Tensor, torch.Tensor]:

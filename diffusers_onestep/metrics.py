@@ -1,5 +1,7 @@
 """Distances between sets of images, from features alone: `(N, D)` arrays or tensors in, numbers out."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -55,3 +57,59 @@ def precision_recall(real: Features, generated: Features, k: int = 3) -> tuple[f
         return (torch.cdist(points, support) <= radius).any(1).double().mean().item()
 
     return covered(generated, real), covered(real, generated)
+
+
+def density_coverage(real: Features, generated: Features, k: int = 5) -> tuple[float, float]:
+    """How many real neighbourhoods a generated sample lies in, over `k`, and the share of real samples whose
+    neighbourhood holds a generated one; a neighbourhood reaches to the `k`-th neighbour (Naeem et al. 2020, Eqs. 4
+    and 5). Of equal distributions: 1 and `1 - 0.5**k`."""
+    real, generated = torch.as_tensor(real).double(), torch.as_tensor(generated).double()
+    radius = torch.cdist(real, real).kthvalue(k + 1, dim=1).values  # the nearest is the sample itself
+    inside = torch.cdist(real, generated) <= radius[:, None]
+    return (inside.sum(0).double().mean() / k).item(), inside.any(1).double().mean().item()
+
+
+def inception_score(probabilities: Features, splits: int = 10) -> tuple[float, float]:
+    """Mean and standard deviation over `splits` of `exp(E KL(p(y|x) || p(y)))` (Salimans et al. 2016, Sec. 4), from
+    class probabilities `(N, K)`."""
+    probabilities = torch.as_tensor(probabilities).double()
+    if not torch.allclose(probabilities.sum(1), torch.ones(len(probabilities), dtype=torch.float64), atol=1e-4):
+        raise ValueError("`probabilities` must sum to 1 in every row: give probabilities, not logits.")
+    scores = []
+    for part in probabilities.tensor_split(splits):
+        marginal = part.mean(0, keepdim=True)
+        divergence = torch.special.xlogy(part, part) - torch.special.xlogy(part, marginal)
+        scores.append(divergence.sum(1).mean().exp())
+    scores = torch.stack(scores)
+    return scores.mean().item(), scores.std(correction=0).item() if splits > 1 else 0.0
+
+
+def diversity(features: Features) -> float:
+    """Mean distance of two samples: `E|f(x) - f(y)|` over all pairs."""
+    features = torch.as_tensor(features).double()
+    n = len(features)
+    return (torch.cdist(features, features).sum() / (n * (n - 1))).item()
+
+
+def agreement(a: Features, b: Features) -> float:
+    """How far two models make the same image of the same noise: `1 - E|a_i - b_i| / E|a_i - b_j|`; 1 for identical
+    images, 0 if the noise does not matter."""
+    a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
+    if a.shape != b.shape:
+        raise ValueError(
+            f"`a` and `b` must be of the same noises, but have shapes {tuple(a.shape)}, {tuple(b.shape)}."
+        )
+    distances = torch.cdist(a, b)
+    same = distances.diagonal().mean()
+    n = len(a)
+    return (1 - same / ((distances.sum() - n * same) / (n * (n - 1)))).item()
+
+
+def bootstrap_error(
+    statistic: Callable[[torch.Tensor], float], samples: Features, resamples: int = 20, seed: int = 0
+) -> float:
+    """Standard deviation of `statistic` over samples `(N, ...)` drawn again with replacement (Efron 1979)."""
+    samples, generator = torch.as_tensor(samples), torch.Generator().manual_seed(seed)
+    draws = (torch.randint(len(samples), (len(samples),), generator=generator) for _ in range(resamples))
+    values = torch.tensor([statistic(samples[draw]) for draw in draws], dtype=torch.float64)
+    return values.std().item()

@@ -355,7 +355,7 @@ def test_guided_teachers_hand_their_guidance_on():
 
 
 def test_half_precision_reservoirs_hold_half_the_bytes():
-    reservoir = Reservoir(8, (4, 8, 8), 10, dtype=torch.float16)
+    reservoir = Reservoir(8, (4, 8, 8), 10, dtype=torch.float16, pin_memory=True)
     _, x, _, _ = reservoir.take(torch.arange(8), torch.Generator().manual_seed(0))
     assert reservoir.x.dtype == torch.float16 and x.dtype == torch.float32 and x.std() > 0.9
 

@@ -4,8 +4,13 @@ import torch
 
 from diffusers_onestep.features import FashionCNN, reference_moments
 from diffusers_onestep.metrics import (
+    agreement,
+    bootstrap_error,
+    density_coverage,
+    diversity,
     frechet_distance,
     frechet_distance_of_moments,
+    inception_score,
     kernel_distance,
     moments,
     precision_recall,
@@ -73,3 +78,47 @@ def test_fashion_network_and_its_reference():
     assert mean.shape == (128,) and covariance.shape == (128, 128) and mean.dtype == torch.float64
     with pytest.raises(ValueError, match=r"`pixels` must be uint8"):
         network(pixels.float())
+
+
+def test_density_and_coverage_of_equal_and_of_far_samples():
+    generator = torch.Generator().manual_seed(0)
+    real, same = torch.randn(2, 1500, 4, generator=generator)
+    density, coverage = density_coverage(real, same)
+    assert density == pytest.approx(1, abs=0.06) and coverage == pytest.approx(1 - 0.5**5, abs=0.02)
+    assert density_coverage(real, same + 50) == (0.0, 0.0)
+    one_place = real[:1] + 1e-3 * same
+    assert density_coverage(real, one_place)[0] > 0.5 and density_coverage(real, one_place)[1] < 0.05
+
+
+def test_inception_score_by_hand():
+    assert inception_score(torch.eye(10).repeat(20, 1), splits=1)[0] == pytest.approx(10)
+    assert inception_score(torch.full((200, 10), 0.1)) == pytest.approx((1, 0), abs=1e-9)
+    p = torch.tensor([[0.8, 0.2], [0.4, 0.6]]).double()
+    marginal = p.mean(0)
+    expected = (p * (p / marginal).log()).sum(1).mean().exp()
+    assert inception_score(p, splits=1)[0] == pytest.approx(expected.item())
+    with pytest.raises(ValueError, match="`probabilities` must sum to 1"):
+        inception_score(torch.randn(20, 10))
+
+
+def test_diversity_and_agreement():
+    x = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+    pairs = [(a - b).norm() for i, a in enumerate(x[:20]) for j, b in enumerate(x[:20]) if i != j]
+    assert diversity(x[:20]) == pytest.approx(torch.stack(pairs).mean().item(), rel=1e-5)
+    assert agreement(x, x) == pytest.approx(1, abs=1e-5) and agreement(x, x.roll(1, 0)) == pytest.approx(0, abs=0.05)
+    assert 0.5 < agreement(x, x + 0.3 * x.roll(1, 0)) < 0.9
+    with pytest.raises(ValueError, match="`a` and `b` must be of the same noises"):
+        agreement(x, x[:5])
+
+
+def test_bootstrap_error_is_the_standard_error_of_a_mean():
+    x = torch.randn(2000, generator=torch.Generator().manual_seed(0))
+    assert bootstrap_error(lambda v: v.mean().item(), x, 200) == pytest.approx(2000**-0.5, rel=0.15)
+
+
+def test_the_digest_names_the_weights():
+    network = FashionCNN.from_shipped()
+    before = network.digest()
+    assert before == FashionCNN.from_shipped().digest() and len(before) == 16
+    network.fc.bias.data[0] += 1
+    assert network.digest() != before

@@ -193,7 +193,7 @@ class Reservoir:
             raise ValueError(f"`slots` and `num_timesteps` must be at least 1, but are {slots} and {num_timesteps}.")
         self.num_timesteps, self.start = num_timesteps, start or (lambda noise: noise)
         self.x = torch.zeros(slots, *sample_shape, dtype=dtype)
-        if pin_memory:
+        if pin_memory and torch.accelerator.is_available():  # there is nothing to lock pages for otherwise
             self.x = self.x.pin_memory()
         self.r = torch.zeros(slots, dtype=torch.long)  # finished: a slot's first visit draws its noise
         self.row = torch.zeros(slots, dtype=torch.long)
