@@ -86,7 +86,7 @@ def evaluate(
     else:
         if scheduler is not None:
             raise ValueError("`scheduler` must be None for a student, which has its own.")
-        shape, steps = pipeline.sample_shape, num_inference_steps or pipeline.student_steps
+        shape = pipeline.sample_shape
         device = pipeline.device
         pipeline.set_progress_bar_config(disable=True)
 
@@ -104,6 +104,8 @@ def evaluate(
     network, features, seconds = FashionCNN.from_shipped(), [], 0.0
     noise, cond = noises_and_labels(shape, pipeline.num_labels, num_samples, seed)
     run(noise[:2].to(device), {k: v[:2].to(device) for k, v in cond.items()}, None)  # warm-up
+    if not isinstance(pipeline, Teacher):
+        steps = len(pipeline.scheduler.timesteps)
     own = torch.arange(num_samples).split(batch_size)[rank::ranks]
     for places in tqdm(own, desc=f"{name}, NFE {steps}", leave=False, disable=rank > 0):
         part = {k: v[places].to(device) for k, v in cond.items()}

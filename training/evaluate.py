@@ -12,7 +12,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from diffusers_onestep import OneStepPipeline, Teacher, evaluate
+from diffusers_onestep import OneStepPipeline, OneStepScheduler, Teacher, evaluate
 from diffusers_onestep.arguments import parse_args
 from diffusers_onestep.evaluation import comparison_grid, markdown_table, quality_plot, write_metrics
 
@@ -27,10 +27,25 @@ class EvaluateArguments:
     teacher_steps: list[int] = field(
         default_factory=lambda: [1, 2, 5, 10, 20, 50], metadata={"help": "Steps at which to sample the teacher."}
     )
+    num_inference_steps: list[int] | None = field(
+        default=None, metadata={"help": "Steps of models that are no one-step students; default: the fitted ones."}
+    )
     num_samples: int = field(default=10_000, metadata={"help": "A distance is comparable only at the same number."})
     batch_size: int = field(default=250, metadata={"help": "Samples at a time."})
     reference: str | None = field(default=None, metadata={"help": "Statistics of make_reference.py."})
     seed: int = field(default=0, metadata={"help": "Of the noises."})
+
+
+def model_steps(pipeline: OneStepPipeline, args: EvaluateArguments) -> list[int | None]:
+    """The numbers of steps to sample a model with; None for a student's own."""
+    if pipeline.student_steps is not None or isinstance(pipeline.scheduler, OneStepScheduler):
+        return [None]
+    steps = args.num_inference_steps or getattr(pipeline.scheduler, "fitted_steps", None)
+    if not steps:
+        raise ValueError(
+            f"`num_inference_steps` must be given for a model with a {type(pipeline.scheduler).__name__}, but is None."
+        )
+    return list(steps)
 
 
 def main(args: EvaluateArguments) -> None:
@@ -52,8 +67,9 @@ def main(args: EvaluateArguments) -> None:
     rows = []
     students = [OneStepPipeline.from_pretrained(path).to(state.device) for path in args.model]
     for name, pipeline in zip(args.model, students, strict=True):
-        rows.append(evaluate(pipeline, name=name, **shared))
-        state.print(rows[-1], flush=True)
+        for steps in model_steps(pipeline, args):
+            rows.append(evaluate(pipeline, name=name, num_inference_steps=steps, **shared))
+            state.print(rows[-1], flush=True)
     for steps in args.teacher_steps if teacher else []:
         rows.append(evaluate(teacher, name="teacher", num_inference_steps=steps, **shared))
         state.print(rows[-1], flush=True)
@@ -63,10 +79,12 @@ def main(args: EvaluateArguments) -> None:
     write_metrics(output_dir / "metrics.json", rows, command=" ".join(["accelerate launch", *sys.argv]))
     quality_plot(rows, output_dir / "quality.png")
     if teacher and students:
-        pipeline = students[0]
+        pipeline, steps = students[0], model_steps(students[0], args)[-1]
         comparison_grid(
             teacher,
-            lambda noise, cond: pipeline(latents=noise, output_type="latent", **cond).images,
+            lambda noise, cond: (
+                pipeline(latents=noise, num_inference_steps=steps, output_type="latent", **cond).images
+            ),
             output_dir / "samples.png",
             seed=args.seed,
         )
