@@ -10,9 +10,11 @@ from .arguments import TrainArguments
 from .denoiser import Denoiser
 from .evaluation import comparison_grid, evaluate
 from .features import FashionCNN
-from .methods.base import Batch, OneStepDistiller
+from .methods.base import Batch, Distiller, OneStepDistiller
+from .methods.dkdm import DKDM
 from .pipelines import OneStepPipeline
 from .repository import write_repository
+from .sampling import sample
 from .teacher import Teacher
 from .trainer import train
 
@@ -89,3 +91,43 @@ def student_hooks(
         return {"distance": row.value}
 
     return save, validate
+
+
+def compression_hooks(
+    distiller: DKDM, args: TrainArguments, num_inference_steps: int = 20
+) -> tuple[Callable[[Path], None] | None, Callable[[Path], dict[str, float]] | None]:
+    """How `train()` saves and shows a compressed model; two times None if it was not made from a `Teacher`."""
+    teacher = distiller.origin
+    if not isinstance(teacher, Teacher):
+        return None, None
+    student = distiller.student
+
+    def save(folder: Path) -> None:
+        write_repository(teacher.compressed_pipeline(student.network), folder)
+
+    def validate(folder: Path) -> dict[str, float]:
+        def run(noise, cond):
+            return sample(student, teacher.scheduler, noise, cond, num_inference_steps=num_inference_steps)
+
+        comparison_grid(teacher, run, folder / "samples.png", seed=args.seed, num_inference_steps=num_inference_steps)
+        if not args.validation_samples or teacher.sample_shape != FashionCNN.input_shape:
+            return {}
+        row = evaluate(
+            Teacher(teacher.compressed_pipeline(student.network)),
+            num_inference_steps=num_inference_steps,
+            num_samples=args.validation_samples,
+            seed=args.seed + 1000,
+        )
+        student.network.requires_grad_(True)  # a teacher's is frozen
+        return {"distance": row.value}
+
+    return save, validate
+
+
+def default_hooks(distiller: Distiller, args: TrainArguments):
+    """The hooks of a method that was made from a `Teacher`; two times None for any other."""
+    if isinstance(distiller, DKDM):
+        return compression_hooks(distiller, args)
+    if isinstance(distiller, OneStepDistiller):
+        return student_hooks(distiller, args)
+    return None, None

@@ -87,13 +87,13 @@ PID_PRESETS = {
 }
 
 
-def _dkdm(batch: int, **other) -> dict:
+def _dkdm(batch: int, gpus: int, **other) -> dict:
     # EMA 0.9999 is a half-life of 6,931 updates; the number of updates is not published (ablations stop at 200,000)
     return {
         "scheme": "dynamic",
         "reservoir_ratio": 0.4,
         "global_batch_size": batch,
-        "train_batch_size": batch,
+        "train_batch_size": batch // gpus,
         "learning_rate": 1e-4,
         "adam_weight_decay": 0.0,
         "ema_halflife_kimg": 6931 * batch / 1000,
@@ -104,9 +104,9 @@ def _dkdm(batch: int, **other) -> dict:
 
 
 DKDM_PRESETS = {
-    "cifar10": _dkdm(128, learned_variance=True),
-    "imagenet32": _dkdm(512, learned_variance=True),
-    "celeba64": _dkdm(256, learned_variance=True),
+    "cifar10": _dkdm(128, 1, learned_variance=True),
+    "imagenet32": _dkdm(512, 4, learned_variance=True),
+    "celeba64": _dkdm(256, 4, learned_variance=True),
 }
 
 # the shipped teacher, in minutes on two cores: settings found here, not published

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from .arguments import TrainArguments
 from .denoiser import Denoiser
-from .methods.base import Batch, Distiller, OneStepDistiller
+from .methods.base import Batch, Distiller
 from .repository import write_json
 
 logger = get_logger(__name__)
@@ -101,10 +101,10 @@ def train(
         FloatingPointError: when a loss is not finite; names method, network, step and the last good checkpoint.
         SystemExit: after SIGTERM or Ctrl-C, when the checkpoint is written.
     """
-    if save is None and validate is None and isinstance(distiller, OneStepDistiller):
-        from .distillation import student_hooks
+    if save is None and validate is None:
+        from .distillation import default_hooks
 
-        save, validate = student_hooks(distiller, args)
+        save, validate = default_hooks(distiller, args)
     Trainer(distiller, args, save, validate).run(batches)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from analytic import GaussianNetwork, gaussian_denoiser
 from conftest import tiny_unet
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import ConsistencyModelPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
 from test_trainer import run, script
 from torch import nn
 
@@ -20,7 +20,9 @@ from diffusers_onestep import (
     OneStepPipeline,
     Teacher,
     VPSchedule,
+    train,
 )
+from diffusers_onestep.arguments import TrainArguments
 from diffusers_onestep.methods.dkdm import Chain, Reservoir, dkdm_loss, gaussian_kl
 from diffusers_onestep.models import network_from_config, shrunk
 
@@ -68,7 +70,8 @@ def test_i1_identical_networks_have_no_loss():
 
 
 def test_i2_one_teacher_forward_per_sample_and_no_gradient():
-    distiller, seen = toy(), []
+    distiller, seen = toy(reservoir_ratio=0.02), []
+    distiller.prepare(progress_bar=False)
     distiller.teacher.network.register_forward_hook(lambda m, i, o: seen.append(len(o)))
     ((name, loss),) = distiller.updates({"batch_size": 160}, torch.Generator().manual_seed(0))
     loss.backward()
@@ -339,7 +342,84 @@ def test_other_teachers_pass_through_shifted_levels_to_the_data(schedule, kind):
     list(dynamic.updates({"batch_size": 64}, generator))
     offset = torch.rand(50, generator=generator)
     t = dynamic.chain.timestep(torch.arange(50), offset)
-    assert (t.diff() > 0).all() and t[-1] == pytest.approx(schedule.t_max)
+    assert (t.diff() > 0).all()
+    top = dynamic.chain.timestep(torch.full((2,), 49), torch.tensor([0.0, 0.999]))
+    assert top[0] == pytest.approx(schedule.t_max) and (top[1] < top[0] or isinstance(schedule, FlowSchedule))
+
+
+def test_short_chains_reach_every_timestep():
+    chain = Chain(gaussian_denoiser(VP, "epsilon"), 50, clip=False)
+    place, offset = torch.arange(50).repeat_interleave(200), torch.linspace(0, 0.9999, 200).repeat(50)
+    assert chain.timestep(place, offset).unique().tolist() == list(range(1000))
+    whole = Chain(gaussian_denoiser(VP, "epsilon"), clip=False)
+    assert torch.equal(whole.timestep(torch.arange(1000), torch.rand(1000)), torch.arange(1000))
+
+
+@pytest.mark.parametrize("scheme", ["dynamic", "shuffled", "iterative"])
+def test_micro_batches_of_an_update_share_no_slot(scheme):
+    distiller = toy(batch_size=8, scheme=scheme, reservoir_ratio=0.1)
+    distiller.prepare(progress_bar=False)
+    for step in range(3):
+        before = distiller.reservoir.r.clone()
+        for micro in range(4):
+            shared = torch.Generator().manual_seed(100 + step)
+            own = [torch.Generator().manual_seed(1000 * step + 10 * micro + i) for i in range(2)]
+            list(distiller.updates({"batch_size": 2, "shared_generator": shared}, own))
+        after = distiller.reservoir.r
+        expected = torch.where(before == 0, 199, before - 1)
+        assert ((after == expected) | (after == before)).all() and (after != before).sum() == 8
+    with pytest.raises(ValueError, match="`batch_size` must be at most the number of slots"):
+        list(distiller.updates({"batch_size": 5000}))
+
+
+def test_learned_variances_are_told_from_the_networks():
+    double = UNet2DModel(**(dict(tiny_unet().config) | {"out_channels": 2})).eval()
+    teacher = Denoiser(double, VP, "epsilon")
+    distiller = DKDM(teacher, batch_size=2, num_steps=10)
+    assert distiller.chain.learned_variance and distiller.student.network.config.out_channels == 2
+    ((_, loss),) = distiller.updates({"batch_size": 2})
+    loss.backward()
+    assert distiller.student.network.conv_out.weight.grad[1].abs().sum() > 0
+    with pytest.raises(ValueError, match="`student` must have 2 channels out"):
+        DKDM(teacher, Denoiser(tiny_unet(), VP, "epsilon"), batch_size=2, num_steps=10)
+    with pytest.raises(ValueError, match="`teacher` must have 2 channels out"):
+        DKDM(Denoiser(tiny_unet(), VP, "epsilon"), batch_size=2, num_steps=10, learned_variance=True)
+    with pytest.raises(ValueError, match="in the synthetic scheme"):
+        DKDM(teacher, batch_size=2, num_steps=10, scheme="synthetic")
+
+
+def test_a_teachers_scheduler_says_how_it_steps():
+    pipe = ConsistencyModelPipeline(tiny_unet(), DDPMScheduler(variance_type="fixed_large", clip_sample=False))
+    chain = DKDM(Teacher(pipe), batch_size=2, num_steps=10).chain
+    assert chain.large_variance and not chain.clip
+    scheduler = DDPMScheduler(200, beta_schedule="squaredcos_cap_v2", clip_sample=False, variance_type="fixed_large")
+    chain = Chain(gaussian_denoiser(SHORT, "epsilon"), clip=False, large_variance=True)
+    x_t, output = torch.randn(2, 3, 1, 4, 4)
+    noise = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(5))
+    ours = chain.step(x_t, torch.full((3,), 77), torch.zeros(3), output, noise)
+    theirs = scheduler.step(output, 77, x_t, generator=torch.Generator().manual_seed(5)).prev_sample
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_the_null_label_is_learned_too():
+    teacher = Teacher.from_pretrained("fashion32")
+    rows = DKDM(teacher, num_steps=10, batch_size=2).reservoir.cond["class_labels"]
+    assert (rows == teacher.null_label).float().mean() == pytest.approx(0.1)
+    assert torch.bincount(rows).tolist() == [9] * 10 + [10]
+
+
+def test_training_by_the_api_leaves_a_pipeline(teacher_folder, tmp_path):
+    distiller = DKDM(Teacher.from_pretrained(teacher_folder), batch_size=2, num_steps=10)
+    train(distiller, [{"batch_size": 2, "cond": {}}] * 2, TrainArguments(output_dir=str(tmp_path), max_train_steps=2))
+    assert OneStepPipeline.from_pretrained(tmp_path)(class_labels=0, num_inference_steps=2).images
+
+
+def test_half_precision_overflow_is_not_stored():
+    reservoir = Reservoir(2, (1, 1, 1), 4, dtype=torch.float16)
+    index, x, _, _ = reservoir.take(torch.arange(2), torch.Generator().manual_seed(0))
+    x[0] = 1e6
+    reservoir.write(index, x)
+    assert reservoir.r.tolist() == [0, 3] and reservoir.x.isfinite().all()
 
 
 def test_guided_teachers_hand_their_guidance_on():

@@ -13,14 +13,10 @@ from accelerate import Accelerator
 from diffusers_onestep import DKDM, Denoiser, train
 from diffusers_onestep.arguments import TrainArguments, parse_args
 from diffusers_onestep.data import Batches, Conditions
-from diffusers_onestep.evaluation import comparison_grid, evaluate
-from diffusers_onestep.features import FashionCNN
+from diffusers_onestep.distillation import compression_hooks
 from diffusers_onestep.models import network_from_config, shrunk
 from diffusers_onestep.presets import DKDM_PRESETS
-from diffusers_onestep.repository import write_repository
-from diffusers_onestep.sampling import sample
 from diffusers_onestep.teacher import Teacher
-from diffusers_onestep.trainer import checkpoints
 
 
 @dataclass
@@ -36,7 +32,7 @@ class DKDMArguments(TrainArguments):
     num_steps: int | None = field(default=None, metadata={"help": "Steps of the teacher's chain; default: all."})
     clip: bool | None = field(default=None, metadata={"help": "Clip the teacher's x0; default: for pixels."})
     deterministic: bool = field(default=False, metadata={"help": "Step the teacher by its ODE."})
-    learned_variance: bool = field(default=False, metadata={"help": "The networks have variance channels."})
+    learned_variance: bool | None = field(default=None, metadata={"help": "Default: if the teacher's network says."})
     reservoir_dtype: str = field(default="float32", metadata={"help": "float32 or float16."})
     pin_memory: bool = field(default=False, metadata={"help": "Keep the reservoir in page-locked memory."})
     preparation_batch_size: int = field(default=250, metadata={"help": "Of the teacher, before training."})
@@ -65,7 +61,7 @@ def main(args: DKDMArguments) -> None:
         network = network_from_config(json.loads(Path(args.student_config).read_text()))
     student = Denoiser(network, teacher.denoiser.schedule, teacher.denoiser.prediction_type)
     distiller = DKDM(
-        teacher.guided(args.guidance_scale),
+        teacher if args.guidance_scale == 1.0 else teacher.guided(args.guidance_scale),
         student,
         batch_size=own_batch,
         scheme=args.scheme,
@@ -74,40 +70,23 @@ def main(args: DKDMArguments) -> None:
         clip=args.clip,
         stochastic=False if args.deterministic else None,
         learned_variance=args.learned_variance,
-        cond=teacher.encode(),
+        cond=teacher.encode() if args.guidance_scale != 1.0 else None,
         dtype=getattr(torch, args.reservoir_dtype),
         pin_memory=args.pin_memory,
         sample_shape=teacher.sample_shape,
     )
-    if not (args.resume_from_checkpoint and checkpoints(Path(args.output_dir))):
-        prepare(distiller, args, accelerator)
-
-    def save(folder: Path) -> None:
-        write_repository(teacher.compressed_pipeline(network), folder)
-
-    def validate(folder: Path) -> dict[str, float]:
-        steps = args.validation_inference_steps
-
-        def run(noise, cond):
-            return sample(student, teacher.scheduler, noise, cond, num_inference_steps=steps)
-
-        comparison_grid(teacher, run, folder / "samples.png", seed=args.seed, num_inference_steps=steps)
-        if not args.validation_samples or teacher.sample_shape != FashionCNN.input_shape:
-            return {}
-        row = evaluate(
-            Teacher(teacher.compressed_pipeline(network)),
-            num_inference_steps=steps,
-            num_samples=args.validation_samples,
-            seed=args.seed + 1000,
-        )
-        network.requires_grad_(True)  # a teacher's is frozen
-        return {"distance": row.value}
-
+    prepare(distiller, args, accelerator)
+    save, validate = compression_hooks(distiller, args, args.validation_inference_steps)
     train(distiller, Batches(Conditions(), args.train_batch_size, args.seed), args, save=save, validate=validate)
 
 
 def prepare(distiller: DKDM, args: DKDMArguments, accelerator: Accelerator) -> None:
-    """Fill the reservoir, each process its own; on the device and in the precision of the run."""
+    """Fill the reservoir, each process its own, on the device and in the precision of the run; or take the one that an
+    interrupted run has left in the folder."""
+    folder = Path(args.output_dir) / "reservoir"
+    if any(folder.glob("reservoir-*.safetensors")):
+        distiller.load_state(folder, accelerator.process_index, accelerator.num_processes)
+        return
     if args.cpu_threads:
         torch.set_num_threads(args.cpu_threads)
     distiller.teacher.to(accelerator.device)
@@ -120,6 +99,10 @@ def prepare(distiller: DKDM, args: DKDMArguments, accelerator: Accelerator) -> N
         batch_size=args.preparation_batch_size,
         progress_bar=accelerator.is_main_process,
     )
+    accelerator.wait_for_everyone()  # a folder with some of the parts would be taken for the whole
+    folder.mkdir(parents=True, exist_ok=True)
+    distiller.save_state(folder, accelerator.process_index)
+    accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":

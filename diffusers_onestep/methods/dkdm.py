@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import logging
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
@@ -18,8 +17,6 @@ from ..denoiser import Cond, Denoiser, GuidedDenoiser, predict_x0, scale_input
 from ..models import shrunk
 from ..schedules import EDMSchedule, VPSchedule, karras_sigma
 from .base import Distiller, Generators, Paper, check_same_prediction, normal, sample_shape_of, uniform
-
-logger = logging.get_logger(__name__)
 
 SCHEMES = ("dynamic", "shuffled", "iterative", "synthetic")
 
@@ -66,7 +63,8 @@ class Chain:
 
     Place `k` of `K` is the state with `k + 1` steps to go. With `K = T` these are the timesteps themselves; shorter
     chains, and those of EDM and flow teachers, pass through levels that are shifted by an `offset` in [0, 1) of a
-    step, drawn anew for each trajectory, so that the student sees all levels.
+    step, drawn anew for each trajectory, so that the student sees all levels. (Flow trajectories all start at pure
+    noise; a VP or EDM one starts at its own level, where there is hardly any signal.)
 
     Args:
         denoiser (`Denoiser` or `GuidedDenoiser`): the teacher.
@@ -74,6 +72,7 @@ class Chain:
         clip (`bool`): clip the predicted `x0` to [-1, 1], as pixel teachers sample.
         stochastic (`bool`, *optional*): ancestral sampling, for VP teachers and by default there; else Euler's method.
         learned_variance (`bool`, *optional*, defaults to `False`): the network's output has variance channels.
+        large_variance (`bool`, *optional*, defaults to `False`): a fixed variance is `beta`, not the posterior's.
     """
 
     def __init__(
@@ -84,6 +83,7 @@ class Chain:
         clip: bool,
         stochastic: bool | None = None,
         learned_variance: bool = False,
+        large_variance: bool = False,
     ):
         self.denoiser, self.schedule = denoiser, denoiser.schedule
         trained = self.schedule.num_train_timesteps
@@ -96,18 +96,17 @@ class Chain:
             raise ValueError("`stochastic` must be False for a teacher that is not variance preserving, but is True.")
         if learned_variance and not self.stochastic:
             raise ValueError("`learned_variance` must be False for a deterministic chain, but is True.")
-        self.clip, self.learned_variance = clip, learned_variance
+        self.clip, self.learned_variance, self.large_variance = clip, learned_variance, large_variance
 
     def timestep(self, place: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-        """The teacher's timestep `(B,)` at a place; the noisiest one at the last place, whatever the offset."""
-        top = place == self.num_steps - 1
+        """The teacher's timestep `(B,)` at a place."""
         if isinstance(self.schedule, VPSchedule):
             stride = self.schedule.num_train_timesteps // self.num_steps
-            t = place * stride + (offset * stride).long()
-            return torch.where(top, torch.full_like(t, self.schedule.t_max), t)
-        position = torch.where(top, torch.ones_like(offset), (place + 1 - offset) / self.num_steps).double()
+            return place * stride + stride - 1 - (offset * stride).long()
+        position = ((place + 1 - offset) / self.num_steps).double()
         if isinstance(self.schedule, EDMSchedule):
             return self.schedule.timestep(karras_sigma(position, self.schedule.sigma_min, self.schedule.sigma_max))
+        position = torch.where(place == self.num_steps - 1, torch.ones_like(position), position)
         return (self.schedule.t_max * position).float()
 
     def levels(self, place: torch.Tensor, offset: torch.Tensor):
@@ -118,11 +117,13 @@ class Chain:
         after = torch.where(last, torch.ones_like(alpha), alpha), torch.where(last, torch.zeros_like(sigma), sigma)
         return tuple(v.float() for v in (*here, *after))
 
-    def start(self, noise: torch.Tensor) -> torch.Tensor:
-        """The state at the last place, of unit-variance noise."""
-        _, sigma = self.schedule.alpha_sigma(torch.tensor([self.schedule.t_max], dtype=torch.float64))
-        edm = isinstance(self.schedule, EDMSchedule)
-        return noise * sigma.item() if edm else noise
+    def start(self, noise: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+        """The states `(B, C, H, W)` at the last place, of unit-variance noise."""
+        if not isinstance(self.schedule, EDMSchedule):
+            return noise
+        last = torch.full((len(noise),), self.num_steps - 1)
+        _, sigma = self.schedule.alpha_sigma(self.timestep(last, offset).double())
+        return noise * sigma.to(noise.dtype)
 
     def output(self, network: Denoiser | GuidedDenoiser, x_t, place, offset, cond: Cond | None) -> torch.Tensor:
         """A network's raw output at the states, variance channels included, float32."""
@@ -149,7 +150,7 @@ class Chain:
         before = (1 - (a / a_next) ** 2) * s_next**2 / s**2
         log_least = torch.where(least > 0, least, before).clamp(min=1e-20).log()
         if not self.learned_variance:
-            return mean, log_least.expand_as(mean)
+            return mean, (beta.log() if self.large_variance else log_least).expand_as(mean)
         share = (output[:, x_t.shape[1] :] + 1) / 2
         return mean, share * beta.log() + (1 - share) * log_least
 
@@ -173,7 +174,7 @@ class Reservoir:
         sample_shape (`tuple`): `(C, H, W)`.
         num_timesteps (`int`): steps of a trajectory.
         cond (`dict` of tensors, *optional*): rows of conditions; each trajectory has one of them.
-        start (callable, *optional*): unit-variance noise to a starting state.
+        start (callable, *optional*): unit-variance noise and offsets to starting states.
         dtype (`torch.dtype`, *optional*, defaults to float32): of the stored states; float16 for large latents.
         pin_memory (`bool`, *optional*, defaults to `False`): keep them in page-locked memory of the CPU.
     """
@@ -191,7 +192,7 @@ class Reservoir:
     ):
         if slots < 1 or num_timesteps < 1:
             raise ValueError(f"`slots` and `num_timesteps` must be at least 1, but are {slots} and {num_timesteps}.")
-        self.num_timesteps, self.start = num_timesteps, start or (lambda noise: noise)
+        self.num_timesteps, self.start = num_timesteps, start or (lambda noise, offset: noise)
         self.x = torch.zeros(slots, *sample_shape, dtype=dtype)
         if pin_memory and torch.accelerator.is_available():  # there is nothing to lock pages for otherwise
             self.x = self.x.pin_memory()
@@ -225,7 +226,7 @@ class Reservoir:
         row, offset = uniform(len(index), generator), uniform(len(index), generator)
         done = self.r[index] == 0
         fresh = index[done]
-        self.x[fresh] = self.start(noise[done]).to(self.x.dtype)
+        self.x[fresh] = self.start(noise[done], offset[done]).to(self.x.dtype)
         self.r[fresh], self.offset[fresh] = self.num_timesteps, offset[done]
         self.row[fresh] = (row[done] * self._rows()).long()
 
@@ -236,9 +237,9 @@ class Reservoir:
     def write(self, index: torch.Tensor, x: torch.Tensor) -> None:
         """Store the next states of the slots `index`, one step nearer to their end; what is not finite is dropped and
         its trajectory started anew."""
-        x = x.detach().cpu()
+        x = x.detach().to("cpu", self.x.dtype)
         sound = x.flatten(1).isfinite().all(1)
-        self.x[index[sound]] = x[sound].to(self.x.dtype)
+        self.x[index[sound]] = x[sound]
         self.r[index] = torch.where(sound, self.r[index] - 1, 0)
 
     def _rows(self) -> int:
@@ -272,9 +273,11 @@ class Reservoir:
                 for name, values in parts.items():
                     values.append(file.get_tensor(name))
         for name, values in parts.items():
-            own = torch.cat(values).tensor_split(ranks)[rank].contiguous()
+            own = torch.cat(values).tensor_split(ranks)[rank].to(getattr(self, name).dtype, copy=True)
             pinned = name == "x" and self.x.is_pinned()
-            setattr(self, name, own.to(getattr(self, name).dtype).pin_memory() if pinned else own)
+            setattr(self, name, own.pin_memory() if pinned else own)
+        if self.row.max() >= self._rows():
+            raise ValueError(f"`cond` must have the rows of the saved trajectories, but has {self._rows()}.")
 
 
 class DKDM(Distiller):
@@ -290,10 +293,13 @@ class DKDM(Distiller):
             baseline: ordinary training on `slots` finished samples of the teacher.
         reservoir_ratio (`float`, *optional*, defaults to 0.4): rho; slots are `round(rho * num_steps) * batch_size`.
         num_steps (`int`, *optional*): steps of the teacher's chain, see `Chain`.
-        clip (`bool`, *optional*): clip the teacher's `x0` while it steps; by default for 1 or 3 channels (pixels).
+        clip (`bool`, *optional*): clip the teacher's `x0` while it steps; by default as a `Teacher`'s scheduler does.
         stochastic (`bool`, *optional*): see `Chain`.
-        learned_variance (`bool`, *optional*, defaults to `False`): both networks have variance channels.
-        cond (`dict` of tensors, *optional*): rows of conditions; by default all labels of a `Teacher`.
+        learned_variance (`bool`, *optional*): both networks have variance channels; by default if the teacher has
+            twice as many channels out as in.
+        cond (`dict` of tensors, *optional*): rows of conditions; by default all labels of a `Teacher`, and for one
+            tenth of the trajectories its null label, so that the student can be guided. A student of a guided teacher
+            has the guidance in it, and no null label to be guided with again.
         dtype, pin_memory: of the reservoir.
         sample_shape (`tuple`, *optional*): `(C, H, W)`, for networks without a diffusers config.
     """
@@ -315,7 +321,7 @@ class DKDM(Distiller):
         num_steps: int | None = None,
         clip: bool | None = None,
         stochastic: bool | None = None,
-        learned_variance: bool = False,
+        learned_variance: bool | None = None,
         cond: Cond | None = None,
         dtype: torch.dtype = torch.float32,
         pin_memory: bool = False,
@@ -331,12 +337,29 @@ class DKDM(Distiller):
             network = shrunk(self.teacher.network, 0.5)
             student = Denoiser(network, self.teacher.schedule, self.teacher.prediction_type)
         check_same_prediction(student, self.teacher)
-        if learned_variance and isinstance(self.teacher, GuidedDenoiser):
-            raise ValueError("`learned_variance` must be False with a guided teacher, but is True.")
-        self.student, self.scheme = student, scheme
-        clip = self.sample_shape[0] in (1, 3) if clip is None else clip
+        channels = [_channels_out(denoiser) for denoiser in (self.teacher, student)]
+        if learned_variance is None:
+            learned_variance = channels[0] == 2 * self.sample_shape[0]
+        for name, count in zip(("teacher", "student"), channels, strict=True):
+            if count is not None and count != (1 + learned_variance) * self.sample_shape[0]:
+                raise ValueError(
+                    f"`{name}` must have {(1 + learned_variance) * self.sample_shape[0]} channels out with "
+                    f"`learned_variance` {learned_variance}, but has {count}."
+                )
+        if learned_variance and (isinstance(self.teacher, GuidedDenoiser) or scheme == "synthetic"):
+            raise ValueError(
+                "`learned_variance` must be False with a guided teacher and in the synthetic scheme, which has no "
+                "variance to learn from, but is True."
+            )
+        self.student, self.scheme, self.origin = student, scheme, teacher
+        settings = {} if bare else teacher.scheduler.config
         self.chain = Chain(
-            self.teacher, num_steps, clip=clip, stochastic=stochastic, learned_variance=learned_variance
+            self.teacher,
+            num_steps,
+            clip=bool(settings.get("clip_sample", False)) if clip is None else clip,
+            stochastic=stochastic,
+            learned_variance=learned_variance,
+            large_variance=settings.get("variance_type") == "fixed_large",
         )
         held = round(reservoir_ratio * self.chain.num_steps)
         if held < 1:
@@ -345,7 +368,8 @@ class DKDM(Distiller):
                 f"`reservoir_ratio` is {reservoir_ratio}."
             )
         slots = batch_size * (held if scheme in ("dynamic", "synthetic") else 1)
-        cond = cond if bare or cond is not None else teacher.encode()
+        if cond is None and not bare:
+            cond = self._all_conditions(teacher)
         self.reservoir = Reservoir(
             slots,
             self.sample_shape,
@@ -356,7 +380,16 @@ class DKDM(Distiller):
             pin_memory=pin_memory,
         )
         self.prepared = False
+        self._order, self._cursor = None, 0
         self._diagnostics: dict[str, torch.Tensor] = {}
+
+    @staticmethod
+    def _all_conditions(teacher: Any) -> Cond:
+        labels, null = teacher.encode(), teacher.null_condition(1)
+        if not null:
+            return labels
+        count = len(next(iter(labels.values())))
+        return {k: torch.cat([v.repeat(9), null[k].repeat(count)]) for k, v in labels.items()}
 
     @property
     def trainable(self):
@@ -369,7 +402,7 @@ class DKDM(Distiller):
     @torch.no_grad()
     def prepare(self, seed: int = 0, batch_size: int = 250, progress_bar: bool = True) -> None:
         """Shuffle denoise: bring every slot to a time that is drawn uniformly from `1 .. K - 1`; for the synthetic
-        scheme to its end. The iterative scheme needs none."""
+        scheme to its end. The iterative scheme needs none. The first update calls this, unless somebody has."""
         self.prepared = True
         if self.scheme == "iterative":
             return
@@ -402,21 +435,35 @@ class DKDM(Distiller):
 
     def updates(self, batch, generator=None):
         size = batch["batch_size"]
-        if self.scheme != "iterative" and not self.prepared:
-            logger.warning("DKDM.prepare() was not called: all trajectories start at pure noise, at the same time.")
-            self.prepared = True
+        if not self.prepared:
+            self.prepare()
         if self.scheme == "synthetic":
             yield "student", self.synthetic_loss(size, generator)
             return
-        if self.scheme == "dynamic":
-            drawn = self.reservoir.draw(size, generator)
-        else:
-            drawn = self.reservoir.take(torch.arange(size), generator)
+        drawn = self.reservoir.take(self.slots(size, batch.get("shared_generator"), generator), generator)
         output, x_t, place, offset, cond = self.advance(*drawn, generator)
         student_output = self.chain.output(self.student, x_t, place, offset, cond)
         loss = dkdm_loss(student_output, output, x_t=x_t, chain=self.chain, place=place, offset=offset)
         self._diagnostics = {"place": place.float().mean()}
         yield "student", loss
+
+    def slots(self, size: int, shared: torch.Generator | None, generator: Generators) -> torch.Tensor:
+        """The slots of a batch: the next ones in turn; in the dynamic scheme the next of a random order, which all
+        micro-batches of an update share (its generator is the same for them), so that none comes twice."""
+        held = len(self.reservoir)
+        if size > held:
+            raise ValueError(f"`batch_size` must be at most the number of slots, {held}, but is {size}.")
+        if self.scheme == "dynamic":
+            chooser = shared or (generator[0] if isinstance(generator, list) else generator)
+            order = torch.randperm(held, generator=chooser)
+            if shared is None or self._order is None or not torch.equal(order, self._order):
+                self._order, self._cursor = order, 0
+            order = self._order
+        else:
+            order = torch.arange(held)
+        places = (self._cursor + torch.arange(size)) % held
+        self._cursor = (self._cursor + size) % held
+        return order[places]
 
     def synthetic_loss(self, size: int, generator: Generators = None) -> torch.Tensor:
         """The baseline: denoising of the teacher's finished samples, in the network's own prediction space."""
@@ -438,3 +485,8 @@ class DKDM(Distiller):
         """This process's share of the slots that a checkpoint holds."""
         self.prepared = True
         self.reservoir.load(list(Path(folder).glob("reservoir-*.safetensors")), rank, ranks)
+
+
+def _channels_out(denoiser: Denoiser | GuidedDenoiser) -> int | None:
+    """Channels of the network's output, if its config says."""
+    return getattr(getattr(denoiser.network, "config", None), "out_channels", None)

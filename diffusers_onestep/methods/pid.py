@@ -60,9 +60,9 @@ class PID(OneStepDistiller):
             time, `"second"` order (central, one more student call) or `"exact"` (forward-mode through the network).
         distance (`str` or callable, *optional*, defaults to `"lpips"`): see `image_distance`.
         head (`str`, *optional*): what the network's output is: `"network"` takes it as the clean end `f` itself, as
-            published for EDM networks; `"teacher"` converts it as the teacher's prediction type at the start, so that
-            training starts with `f` at the teacher's `x0`. By default `"network"` for EDM and x0-predicting teachers,
-            else `"teacher"`.
+            published for EDM networks; `"teacher"` converts it as the teacher's prediction type at the start, where
+            `f` then is the teacher's `x0` when training starts. By default `"teacher"` for v and flow teachers, else
+            `"network"`: of epsilon the conversion multiplies every error by `start_ratio`, rounding in bf16 included.
         student (`Denoiser`, *optional*): where the student starts from, if not at the teacher.
         sample_shape (`tuple`, *optional*): `(C, H, W)` of model space, for networks without a diffusers config.
     """
@@ -98,13 +98,14 @@ class PID(OneStepDistiller):
         self.student = copy_denoiser(self.teacher)
         if student is not None:
             check_same_prediction(student, self.teacher)
-            self.student.network = copy_denoiser(student).network
+            network = copy_denoiser(student).network.eval()  # dropout would differ between the two times
+            self.student = Denoiser(network, self.teacher.schedule, self.teacher.prediction_type)
         self.rule = rule
         if isinstance(distance, str) and distance not in DISTANCES:
             raise ValueError(f"`distance` must be one of {sorted(DISTANCES)}, but is {distance!r}.")
         self._distance = distance
         own = self.teacher.prediction_type
-        self.head = head or ("network" if own in ("edm", "sample") else "teacher")
+        self.head = head or ("teacher" if own in ("v_prediction", "flow_prediction") else "network")
         self.prediction_type = own if self.head == "teacher" else "sample"
         self.timesteps = self._timesteps(num_points, start_ratio)
         u, scale = ode_time(self.teacher.schedule, self.timesteps)
