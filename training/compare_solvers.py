@@ -273,7 +273,7 @@ def plot(content: dict, path: Path) -> None:
     axes.set_xticks(ticks, [str(n) for n in ticks])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, ncols=2)
+    axes.legend(fontsize=7, ncols=2, handlelength=3.5)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
