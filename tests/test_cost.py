@@ -40,7 +40,9 @@ def forward_flops():
 
 
 def compression(teacher):
-    return DKDM(teacher, Denoiser(network(), VP, "epsilon"), batch_size=2, num_steps=10)
+    distiller = DKDM(teacher, Denoiser(network(), VP, "epsilon"), batch_size=2, num_steps=10)
+    distiller.prepare(progress_bar=False)
+    return distiller
 
 
 @pytest.mark.parametrize(

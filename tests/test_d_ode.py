@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import tiny_unet
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers.utils import DummyObject
 
 import diffusers_onestep
 from diffusers_onestep import fit_d_ode
@@ -993,6 +994,8 @@ def test_configs_pass_through_every_compatible_class(name):
         pytest.skip("stock schedulers replace `solver_type` heun")
     assert type(scheduler) in scheduler.compatibles or name.startswith("edm")
     for other in scheduler.compatibles:
+        if isinstance(other, DummyObject):  # stands for a class whose package is not installed
+            continue
         again = type(scheduler).from_config(other.from_config(scheduler.config).config)
         assert {k: v for k, v in again.config.items() if k in scheduler.config} == dict(scheduler.config)
 
