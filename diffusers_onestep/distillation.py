@@ -20,23 +20,29 @@ from .trainer import train
 
 
 @dataclass
-class StudentArguments(TrainArguments):
+class TeacherArguments(TrainArguments):
     """Flags of everything that learns from a teacher."""
 
     pretrained_teacher_model: str = field(kw_only=True, metadata={"help": "A Hub id, a folder or a shipped name."})
     revision: str | None = field(default=None, metadata={"help": "Of the teacher's repository."})
     variant: str | None = field(default=None, metadata={"help": "Of the teacher's weights, such as fp16."})
     guidance_scale: float = field(default=1.0, metadata={"help": "Of the teacher; the student bakes it in."})
-    student_init: str | None = field(default=None, metadata={"help": "Model that the student starts as."})
-    start_ratio: float | None = field(
-        default=None, metadata={"help": "sigma / alpha that the student starts from; default: the method's."}
-    )
 
     def load_teacher(self) -> Teacher:
         """The frozen teacher."""
         teacher = Teacher.from_pretrained(self.pretrained_teacher_model, revision=self.revision, variant=self.variant)
         teacher.check_distillable()
         return teacher
+
+
+@dataclass
+class StudentArguments(TeacherArguments):
+    """Flags of one-step students."""
+
+    student_init: str | None = field(default=None, metadata={"help": "Model that the student starts as."})
+    start_ratio: float | None = field(
+        default=None, metadata={"help": "sigma / alpha that the student starts from; default: the method's."}
+    )
 
     def load_student(self) -> Denoiser | None:
         """The model that `--student_init` names."""

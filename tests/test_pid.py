@@ -1,6 +1,5 @@
 """The invariants of the PID specification, numbered as there."""
 
-import math
 import shutil
 
 import pytest
@@ -402,7 +401,3 @@ def lambda_module(function):
     module = nn.Module()
     module.forward = function
     return module
-
-
-def test_moments_of_the_pushforward_are_nearly_the_datas():
-    assert math.isclose(S * T / (S**2 + T**2) ** 0.5, S, rel_tol=1e-4)

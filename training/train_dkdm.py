@@ -11,26 +11,21 @@ import torch
 from accelerate import Accelerator
 
 from diffusers_onestep import DKDM, Denoiser, train
-from diffusers_onestep.arguments import TrainArguments, parse_args
+from diffusers_onestep.arguments import parse_args
 from diffusers_onestep.data import Batches, Conditions
-from diffusers_onestep.distillation import compression_hooks
+from diffusers_onestep.distillation import TeacherArguments, compression_hooks
 from diffusers_onestep.models import network_from_config, shrunk
 from diffusers_onestep.presets import DKDM_PRESETS
-from diffusers_onestep.teacher import Teacher
 
 
 @dataclass
-class DKDMArguments(TrainArguments):
-    pretrained_teacher_model: str = field(kw_only=True, metadata={"help": "A Hub id, a folder or a shipped name."})
-    revision: str | None = field(default=None, metadata={"help": "Of the teacher's repository."})
-    variant: str | None = field(default=None, metadata={"help": "Of the teacher's weights, such as fp16."})
-    guidance_scale: float = field(default=1.0, metadata={"help": "Of the teacher; the student bakes it in."})
+class DKDMArguments(TeacherArguments):
     student_config: str | None = field(default=None, metadata={"help": "A diffusers model config, a JSON file."})
     shrink: float | None = field(default=None, metadata={"help": "Width of the student over the teacher's."})
     scheme: str = field(default="dynamic", metadata={"help": "dynamic, shuffled, iterative or synthetic."})
     reservoir_ratio: float = field(default=0.4, metadata={"help": "Slots over batch times steps; paper: 0.4."})
     num_steps: int | None = field(default=None, metadata={"help": "Steps of the teacher's chain; default: all."})
-    clip: bool | None = field(default=None, metadata={"help": "Clip the teacher's x0; default: for pixels."})
+    clip: bool | None = field(default=None, metadata={"help": "Clip the teacher's x0; default: its scheduler's."})
     deterministic: bool = field(default=False, metadata={"help": "Step the teacher by its ODE."})
     learned_variance: bool | None = field(default=None, metadata={"help": "Default: if the teacher's network says."})
     reservoir_dtype: str = field(default="float32", metadata={"help": "float32 or float16."})
@@ -53,7 +48,7 @@ def main(args: DKDMArguments) -> None:
     own_batch = args.train_batch_size * args.gradient_accumulation_steps
     if args.global_batch_size:
         own_batch = args.global_batch_size // accelerator.num_processes
-    teacher = Teacher.from_pretrained(args.pretrained_teacher_model, revision=args.revision, variant=args.variant)
+    teacher = args.load_teacher()
     torch.manual_seed(args.seed)  # the student starts at random
     if args.shrink is not None:
         network = shrunk(teacher.denoiser.network, args.shrink)

@@ -188,17 +188,15 @@ class DODESchedulerMixin:
 
     def fingerprint(self) -> dict[str, Any]:
         """What a table is valid for: base class, space, solver settings and the present grid."""
+        own = inspect.signature(type(self).__init__).parameters
         return {
             "base_class": self._stock_class.__name__,
             "space": self.dode_space,
             "first_step": self.config.get("dode_first_step", "none"),
-            "solver": {key: self.config[key] for key in _SOLVER_KEYS if key in self._solver_settings()},
+            "solver": {key: self.config[key] for key in _SOLVER_KEYS if key in own},
             "timesteps": [float(t) for t in self.timesteps],
             "sigmas": [ratio(level) for level in self.nodes],
         }
-
-    def _solver_settings(self) -> set[str]:
-        return set(inspect.signature(type(self).__init__).parameters)
 
     def _active_lambdas(self) -> list[list[float]] | None:
         tables = self.config.get("dode_tables")
