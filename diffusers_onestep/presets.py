@@ -69,7 +69,7 @@ def _pid(batch: int, micro_batch: int, rate: float, steps: int, **other) -> dict
         "num_points": 250,
         "start_ratio": 80.0,
         "rule": "first",
-        "distance": "lpips",
+        "distance": "lpips-average",
         "optimizer": "radam",
         "global_batch_size": batch,
         "train_batch_size": micro_batch,

@@ -35,7 +35,7 @@ class NoiseSchedule(ABC):
         if config.get("schedule_type") == "edm" or name.startswith(("EDM", "DistilledEDM")):
             return EDMSchedule(config.sigma_min, config.sigma_max, config.sigma_data, config.num_train_timesteps)
         if config.get("schedule_type") == "flow" or "FlowMatch" in name or config.get("use_flow_sigmas"):
-            return FlowSchedule(config.num_train_timesteps)
+            return FlowSchedule(config.num_train_timesteps, config.get("shift", config.get("flow_shift")) or 1.0)
         if hasattr(scheduler, "alphas_cumprod"):
             return VPSchedule(scheduler.alphas_cumprod)
         raise ValueError(
@@ -96,10 +96,13 @@ class VPSchedule(NoiseSchedule):
 
 
 class FlowSchedule(NoiseSchedule):
-    """Flow matching: `alpha = 1 - s`, `sigma = s`, `t = num_train_timesteps * s` (Lipman et al. 2023, Eq. 20)."""
+    """Flow matching: `alpha = 1 - s`, `sigma = s`, `t = num_train_timesteps * s` (Lipman et al. 2023, Eq. 20).
 
-    def __init__(self, num_train_timesteps: int = 1000):
-        self.num_train_timesteps = num_train_timesteps
+    A solver's times are `shift * s / (1 + (shift - 1) * s)` of even ones (Esser et al. 2024, Eq. 23).
+    """
+
+    def __init__(self, num_train_timesteps: int = 1000, shift: float = 1.0):
+        self.num_train_timesteps, self.shift = num_train_timesteps, shift
         self.t_min, self.t_max = 0.0, float(num_train_timesteps)
 
     def alpha_sigma(self, t):

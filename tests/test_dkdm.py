@@ -414,6 +414,24 @@ def test_training_by_the_api_leaves_a_pipeline(teacher_folder, tmp_path):
     assert OneStepPipeline.from_pretrained(tmp_path)(class_labels=0, num_inference_steps=2).images
 
 
+@pytest.mark.parametrize("learned_variance", [False, True])
+def test_an_overflowing_teacher_teaches_nothing_and_stops_nothing(learned_variance):
+    make = (lambda: Denoiser(WithVariance(SHORT), SHORT, "epsilon")) if learned_variance else None
+    teacher = make() if make else gaussian_denoiser(SHORT, "epsilon", MU, S)
+    student = make() if make else gaussian_denoiser(SHORT, "epsilon", 0.0, 1.0)
+    options = {"batch_size": 8, "clip": False, "learned_variance": learned_variance, "sample_shape": (1, 1, 1)}
+    distiller = DKDM(teacher, student, **options)
+    distiller.prepare(progress_bar=False)
+    student.network.requires_grad_(True)
+    teacher.network.forward = lambda sample, timestep, class_labels=None: torch.full(
+        (len(sample), 1 + learned_variance, 1, 1), math.inf
+    )
+    ((_, loss),) = distiller.updates({"batch_size": 8}, torch.Generator().manual_seed(0))
+    loss.backward()
+    assert loss.item() == 0 and all(not p.grad.any() for p in student.network.parameters() if p.grad is not None)
+    assert distiller.reservoir.x.isfinite().all() and (distiller.reservoir.r == 0).sum() == 8
+
+
 def test_half_precision_overflow_is_not_stored():
     reservoir = Reservoir(2, (1, 1, 1), 4, dtype=torch.float16)
     index, x, _, _ = reservoir.take(torch.arange(2), torch.Generator().manual_seed(0))
@@ -508,6 +526,27 @@ def test_a_resumed_run_ends_with_the_same_weights_and_reservoir(compressed, tmp_
     run([*flags, "--resume_from_checkpoint", "latest"])
     for name in ("unet/diffusion_pytorch_model.safetensors", "checkpoints/step-000006/reservoir-00000.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (output / name).read_bytes()
+
+
+def test_a_compressed_student_runs_in_int8(compressed):
+    from diffusers import TorchAoConfig
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    output, _ = compressed
+    pipe = OneStepPipeline.from_pretrained(output)
+    wanted = pipe(class_labels=[0, 1], num_inference_steps=3, generator=generator(), output_type="pt").images
+    small = type(pipe.unet).from_pretrained(
+        output, subfolder="unet", quantization_config=TorchAoConfig(Int8WeightOnlyConfig())
+    )
+    kinds = [type(m.weight.data).__name__ for m in small.modules() if isinstance(m, nn.Linear)]
+    assert kinds and set(kinds) == {"Int8Tensor"}
+    pipe.register_modules(unet=small)
+    images = pipe(class_labels=[0, 1], num_inference_steps=3, generator=generator(), output_type="pt").images
+    assert 0 < (images - wanted).abs().mean() < 0.01  # of pixels in 0..1; diffusers quantises in bfloat16
+
+
+def generator():
+    return torch.Generator().manual_seed(0)
 
 
 def test_a_transformer_learns_from_a_u_net(teacher_folder, tmp_path):

@@ -10,9 +10,18 @@ from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteSc
 from test_trainer import run, script
 from torch import nn
 
-from diffusers_onestep import PID, Denoiser, EDMSchedule, FlowSchedule, OneStepPipeline, OneStepScheduler, VPSchedule
+from diffusers_onestep import (
+    PID,
+    Denoiser,
+    EDMSchedule,
+    FlowSchedule,
+    NoiseSchedule,
+    OneStepPipeline,
+    OneStepScheduler,
+    VPSchedule,
+)
 from diffusers_onestep.denoiser import ode_time
-from diffusers_onestep.methods.distances import Perceptual, image_distance
+from diffusers_onestep.methods.distances import Perceptual, average_pooling, image_distance
 from diffusers_onestep.methods.pid import central_residual, residual, time_grid, trajectory
 from diffusers_onestep.schedulers import student_scheduler
 
@@ -387,8 +396,28 @@ def test_stlpips_is_a_distance_of_images():
     assert distance(a, a) == pytest.approx(0, abs=1e-5) and 0 < distance(near, a) < distance(far, a)
     with pytest.raises(ValueError, match=r"`b` must be images in \[-1, 1\]"):
         distance(a, 127 * a)
+    assert distance(a, a + 10 * torch.randn_like(a)) > 0  # what an epsilon teacher says to a young student
     with pytest.raises(ValueError, match="must have 1 or 3 channels"):
         distance(torch.rand(1, 4, 32, 32), torch.rand(1, 4, 32, 32))
+
+
+def test_lpips_average_is_lpips_without_max_pooling():
+    lpips = pytest.importorskip("lpips")
+    torch.manual_seed(0)
+    network = lpips.LPIPS(net="vgg", verbose=False, pretrained=False, pnet_rand=True)
+    a, b = torch.rand(2, 1, 3, 64, 64)
+    before = network(a, b)
+    average_pooling(network)
+    kinds = [type(module) for module in network.modules()]
+    assert nn.MaxPool2d not in kinds and kinds.count(nn.AvgPool2d) == 4
+    assert before != network(a, b) and network(a, a).item() == 0
+
+
+def test_flow_grids_are_shifted_as_the_teachers_scheduler_is():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    teacher = gaussian_denoiser(NoiseSchedule.from_scheduler(scheduler), "flow_prediction", MU, S)
+    distiller = PID(teacher, num_points=1000, distance="l2", sample_shape=(1, 1, 1))
+    torch.testing.assert_close(distiller.timesteps, scheduler.timesteps.double(), rtol=1e-5, atol=1e-3)
 
 
 def test_any_network_can_be_a_distance():

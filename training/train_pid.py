@@ -17,7 +17,10 @@ from diffusers_onestep.presets import PID_PRESETS
 class PIDArguments(StudentArguments):
     num_points: int = field(default=250, metadata={"help": "N of the time grid; paper: 250."})
     rule: str = field(default="first", metadata={"help": "Derivative in time: first, second or exact."})
-    distance: str = field(default="lpips", metadata={"help": "lpips, stlpips, l1, l2 or pseudo-huber."})
+    distance: str = field(
+        default="lpips-average",
+        metadata={"help": "lpips-average (the paper's), lpips, stlpips, l1, l2 or pseudo-huber."},
+    )
     head: str | None = field(default=None, metadata={"help": "network or teacher; default by prediction type."})
     optimizer: str = "radam"
     learning_rate: float = 2e-4

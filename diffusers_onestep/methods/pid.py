@@ -53,12 +53,12 @@ class PID(OneStepDistiller):
     Args:
         teacher (`Teacher`, `Denoiser` or `GuidedDenoiser`): stays frozen; guidance enters here.
         num_points (`int`, *optional*, defaults to 250): N of the time grid. On a VP schedule neighbours that fall on
-            one timestep are merged.
+            one timestep are merged; on a flow schedule times are even, and shifted as the teacher's scheduler's are.
         start_ratio (`float`, *optional*): the noise level where trajectories start, by default the noisiest one, but
             at most 80. Not for flow, which starts at pure noise.
         rule (`str`, *optional*, defaults to `"first"`): the derivative in time: `"first"` order to the next smaller
             time, `"second"` order (central, one more student call) or `"exact"` (forward-mode through the network).
-        distance (`str` or callable, *optional*, defaults to `"lpips"`): see `image_distance`.
+        distance (`str` or callable, *optional*, defaults to `"lpips-average"`): see `image_distance`.
         head (`str`, *optional*): what the network's output is: `"network"` takes it as the clean end `f` itself, as
             published for EDM networks; `"teacher"` converts it as the teacher's prediction type at the start, where
             `f` then is the teacher's `x0` when training starts. By default `"teacher"` for v and flow teachers, else
@@ -80,7 +80,7 @@ class PID(OneStepDistiller):
         num_points: int = 250,
         start_ratio: float | None = None,
         rule: str = "first",
-        distance: str | Distance = "lpips",
+        distance: str | Distance = "lpips-average",
         head: str | None = None,
         student: Denoiser | None = None,
         sample_shape: tuple[int, int, int] | None = None,
@@ -121,7 +121,8 @@ class PID(OneStepDistiller):
         if isinstance(schedule, FlowSchedule):
             if start_ratio is not None:
                 raise ValueError(f"`start_ratio` must be None for a flow teacher, but is {start_ratio}.")
-            return torch.linspace(schedule.t_max, schedule.t_max / schedule.num_train_timesteps, n).double()
+            s = torch.linspace(1, 1 / schedule.num_train_timesteps, n, dtype=torch.float64)
+            return schedule.t_max * schedule.shift * s / (1 + (schedule.shift - 1) * s)
         low, high = (schedule.ratio(torch.tensor(float(t))).item() for t in (schedule.t_min, schedule.t_max))
         if start_ratio is not None and not low < start_ratio <= high * (1 + 1e-6):
             raise ValueError(f"`start_ratio` must lie between {low:.4g} and {high:.4g}, but is {start_ratio}.")
