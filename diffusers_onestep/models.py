@@ -6,11 +6,12 @@ from typing import Any
 import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
+from transformers import CLIPTextModel
 
 
 class SpaceToDepthUNet2DModel(ModelMixin, ConfigMixin):
@@ -81,6 +82,28 @@ class SpaceToDepthUNet2DModel(ModelMixin, ConfigMixin):
         squares = self.unet(squares, timestep, class_labels=class_labels, return_dict=False)[0]
         sample = F.pixel_shuffle(squares, self.config.factor)
         return UNet2DOutput(sample=sample) if return_dict else (sample,)
+
+
+class PromptedUNet(nn.Module):
+    """A text-conditioned U-Net and its text encoder as one network, to be trained together.
+
+    Args:
+        unet (`UNet2DConditionModel`): the denoising network.
+        text_encoder (`CLIPTextModel`): gives it `encoder_hidden_states`.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel):
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+    @property
+    def config(self):
+        return self.unet.config
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        """Predict for `sample` `(B, C, H, W)` at `timestep` `(B,)`, given the tokens `input_ids` `(B, L)`."""
+        embeddings = self.text_encoder(input_ids).last_hidden_state
+        return self.unet(sample, timestep, embeddings, return_dict=False)[0]
 
 
 def network_from_config(config: dict[str, Any]) -> ModelMixin:

@@ -28,7 +28,6 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from .arguments import TrainArguments
-from .denoiser import Denoiser
 from .methods.base import Batch, Distiller
 from .repository import write_json
 
@@ -144,7 +143,7 @@ class Trainer:
         for denoiser in (v for v in vars(self.distiller).values() if isinstance(v, torch.nn.Module)):
             denoiser.to(accelerator.device)
             for part in denoiser.modules():
-                if isinstance(part, Denoiser):
+                if hasattr(part, "autocast_dtype"):  # a `Denoiser`, or an `Autoencoder`
                     part.autocast_dtype = dtype
         self.optimizers, self.lr_schedulers, self.parameters = {}, {}, {}
         for name, network in self.distiller.trainable.items():

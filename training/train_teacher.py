@@ -1,11 +1,15 @@
 """Train a small class-conditional pixel teacher, such as the shipped `fashion32`.
 
 accelerate launch training/train_teacher.py --recipe fashion32 --dataset fashion32.npz --output_dir fashion32
+
+The recipe `emoji-sd`, a small Stable Diffusion, has flags of its own and a module of its own, `emoji_sd.py`.
 """
 
+import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import emoji_sd
 import torch
 from diffusers import ConsistencyModelPipeline, DDPMScheduler
 
@@ -53,7 +57,8 @@ def main(args: TeacherArguments) -> None:
     # one trailing step starts at the last timestep: several defaults would start at t = 0
     scheduler = DDPMScheduler(timestep_spacing="trailing")
     student = Denoiser(network, NoiseSchedule.from_scheduler(scheduler), "epsilon")
-    distiller = Pretraining(student, null_label=classes, label_dropout=args.label_dropout)
+    null = {"class_labels": torch.tensor([classes])}
+    distiller = Pretraining(student, null, args.label_dropout)
 
     def save(folder: Path) -> None:
         # the stock pipeline that hands class labels to a U-Net, whatever the scheduler
@@ -73,4 +78,9 @@ def main(args: TeacherArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args(TeacherArguments))
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe")
+    if parser.parse_known_args()[0].recipe == emoji_sd.RECIPE:
+        emoji_sd.main(parse_args(emoji_sd.EmojiArguments))
+    else:
+        main(parse_args(TeacherArguments))
