@@ -3,8 +3,8 @@
 ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 training/train_teacher.py --recipe emoji-sd \
     --dataset emoji32.npz --output_dir emoji-sd --mixed_precision bf16
 
-Two trainings, one after the other: the autoencoder in `OUTPUT_DIR/autoencoder`, then U-Net and text encoder together on
-its latents. `--resume_from_checkpoint latest` goes on in whichever was interrupted.
+Two trainings, one after the other: the autoencoder in `OUTPUT_DIR/autoencoder`, then U-Net and text encoder together
+on its latents. `--resume_from_checkpoint latest` goes on in whichever was interrupted.
 """
 
 import json
@@ -29,6 +29,20 @@ from diffusers_onestep.sampling import picture, save_grid
 RECIPE = "emoji-sd"
 MAX_TOKENS = 32  # the longest caption has 26
 COLUMNS = 12  # of samples.png
+NOTICE = """\
+This model learned from two sets of emoji drawings. Whoever shows its pictures should carry both attributions.
+
+Twemoji graphics are copyright Twitter, Inc and other contributors, and the contributors of the jdecked/twemoji fork,
+licensed under CC BY 4.0 (https://creativecommons.org/licenses/by/4.0/).
+
+Noto Emoji pictures are copyright Google LLC and the Noto Emoji authors, licensed under the Apache License, Version
+2.0; its flags are in the public domain or otherwise exempt from copyright.
+
+Names of the emoji: emoji-data, MIT, copyright 2013 Cal Henderson.
+
+Changes: each 64x64 picture was composited on white and box filtered to 32x32, exact copies were removed, and captions
+were derived from the names.
+"""
 
 
 @dataclass
@@ -74,6 +88,8 @@ class Emoji:
         if missing := needed - set(arrays.files):
             raise ValueError(f"`dataset` must hold captioned emoji, but {path!r} lacks {sorted(missing)}.")
         rows = np.flatnonzero(arrays["split"] == split)
+        if not len(rows):
+            raise ValueError(f"`dataset` must hold pictures of splits 0, 1 and 2, but {path!r} has none of {split}.")
         self.images = torch.from_numpy(arrays["images"][rows]).permute(0, 3, 1, 2).contiguous()
         self.captions = [str(caption) for caption in arrays["captions"][rows]]
         vendors = [str(arrays["vendor_names"][vendor]) for vendor in arrays["vendor"][rows]]
@@ -211,8 +227,8 @@ def train_autoencoder(args: EmojiArguments, emoji: Emoji, held_out: Emoji) -> Au
 
 @torch.no_grad()
 def encode(autoencoder: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
-    """Means of the posterior of uint8 images, `(N, C, H, W)`, scaled to unit variance over the data set; the factor goes
-    into the autoencoder's config."""
+    """Means of the posterior of uint8 images, `(N, C, H, W)`, scaled to unit variance over the data set; the factor
+    goes into the autoencoder's config."""
     x0 = (images.float() / 127.5 - 1).split(64)
     latents = torch.cat([autoencoder.encode(part).latent_dist.mean for part in x0])
     autoencoder.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
@@ -252,6 +268,7 @@ def main(args: EmojiArguments) -> None:
 
     def save(folder: Path) -> None:
         write_repository(pipeline, folder)
+        (folder / "NOTICE").write_text(NOTICE)
 
     def validate(folder: Path) -> dict[str, float]:
         autoencoder.to(network.unet.device)
