@@ -5,6 +5,7 @@ global batch): a resumed run repeats the draws exactly, and they do not depend o
 micro-batches.
 """
 
+import atexit
 import hashlib
 import json
 import math
@@ -131,6 +132,7 @@ class Trainer:
                     f"({micro_batch}), but is {args.global_batch_size}."
                 )
             args.gradient_accumulation_steps = args.global_batch_size // micro_batch
+        atexit.register(self.accelerator.state.destroy_process_group)
         set_seed(args.seed)
         self.step, self.images_seen, self.train_seconds = 0, 0, 0.0
         self.best_distance: float | None = None
@@ -222,7 +224,7 @@ class Trainer:
                 if stopping:
                     self.leave(stopping)
         bar.close()
-        accelerator.end_training()
+        self.finish_trackers()
 
     def train_step(self, micro_batches: list[Batch]) -> dict[str, float]:
         """One student update and all that belongs to it; returns the mean loss of each network."""
@@ -333,8 +335,13 @@ class Trainer:
                 "Go on with the same command and --resume_from_checkpoint latest.",
                 flush=True,
             )
-        self.accelerator.end_training()
+        self.finish_trackers()
         raise SystemExit(128 + number)
+
+    def finish_trackers(self) -> None:
+        """Not `end_training`, which takes the process group from a second `train()` of the same process."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     def save_checkpoint(self) -> None:
         """Write `checkpoints/step-N`, complete or absent, and the student as it stands."""

@@ -208,12 +208,11 @@ def train_autoencoder(args: EmojiArguments, emoji: Emoji, held_out: Emoji) -> Au
     )
 
     def validate(folder: Path) -> dict[str, float]:
-        x0 = LabelledImages(held_out.images, None).batch(list(range(min(512, len(held_out.images)))))["x0"]
+        x0 = LabelledImages(held_out.images, None).batch(list(range(len(held_out.images))))["x0"]
         x0 = x0.to(next(network.parameters()).device)
         decoded = torch.cat([network(part).sample.clamp(-1, 1) for part in x0.split(64)])
         psnr = 10 * torch.log10(4 / (decoded - x0).square().mean(dim=(1, 2, 3))).mean()
         shown = held_out.spread(2 * COLUMNS)
-        shown = [number for number in shown if number < len(x0)]
         rows = zip(x0[shown].split(COLUMNS), decoded[shown].split(COLUMNS), strict=True)
         save_grid(picture(torch.cat([part for pair in rows for part in pair])), folder / "samples.png", COLUMNS)
         return {"psnr": psnr.item()}
