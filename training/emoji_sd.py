@@ -50,7 +50,7 @@ class EmojiArguments(TrainArguments):
     dataset: str = field(kw_only=True, metadata={"help": "An .npz file of captioned emoji."})
     recipe: str = field(default=RECIPE, metadata={"help": "This one."})
     train_batch_size: int = 64
-    max_train_steps: int = field(default=5000, metadata={"help": "Of U-Net and text encoder."})
+    max_train_steps: int = field(default=3800, metadata={"help": "Of U-Net and text encoder."})
     learning_rate: float = 1e-3
     lr_scheduler: str = "cosine"
     lr_warmup_steps: int = 300
@@ -58,7 +58,7 @@ class EmojiArguments(TrainArguments):
     caption_dropout: float = field(
         default=0.1, metadata={"help": "How often the empty caption replaces the true one."}
     )
-    autoencoder_steps: int = field(default=6500, metadata={"help": "Updates of the autoencoder, before."})
+    autoencoder_steps: int = field(default=5500, metadata={"help": "Updates of the autoencoder, before."})
     autoencoder_batch_size: int = field(default=16, metadata={"help": "Images per device."})
     autoencoder_learning_rate: float = field(default=1e-3, metadata={"help": "Of the autoencoder."})
     kl_weight: float = field(default=1e-3, metadata={"help": "Of the latents' divergence, per latent element."})
