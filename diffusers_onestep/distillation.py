@@ -5,11 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate.utils import set_seed
+from peft import LoraConfig
 
 from .arguments import TrainArguments
 from .denoiser import Denoiser
 from .evaluation import comparison_grid, evaluate
 from .features import FashionCNN
+from .lora import is_adapted, merged, save_lora_weights
 from .methods.base import Batch, Distiller, OneStepDistiller
 from .methods.dkdm import DKDM
 from .pipelines import OneStepPipeline
@@ -30,6 +33,7 @@ class TeacherArguments(TrainArguments):
 
     def load_teacher(self) -> Teacher:
         """The frozen teacher."""
+        set_seed(self.seed)  # adapters and heads that are made next start at random
         teacher = Teacher.from_pretrained(self.pretrained_teacher_model, revision=self.revision, variant=self.variant)
         teacher.check_distillable()
         return teacher
@@ -57,6 +61,27 @@ class DistillationArguments(StudentArguments):
         default=None, metadata={"help": "Timesteps themselves, noisiest first; several: a few-step student."}
     )
     fake_score_updates: int = field(default=1, metadata={"help": "Fake-score updates per student update."})
+    lora_rank: int | None = field(
+        default=None, metadata={"help": "Train student and fake score as adapters on the teacher's own weights."}
+    )
+    lora_alpha: float | None = field(default=None, metadata={"help": "Default: `lora_rank`, a scale of 1."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Ends of layer names; default: all layers wider than the rank."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lora_rank is None and (self.lora_alpha is not None or self.lora_target_modules):
+            raise ValueError("`lora_rank` must be given with `lora_alpha` or `lora_target_modules`, but is None.")
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise ValueError(f"`lora_rank` must be at least 1, but is {self.lora_rank}.")
+
+    def lora_config(self) -> LoraConfig | None:
+        """What the `lora_` flags say."""
+        if self.lora_rank is None:
+            return None
+        alpha = self.lora_rank if self.lora_alpha is None else self.lora_alpha
+        return LoraConfig(r=self.lora_rank, lora_alpha=alpha, target_modules=self.lora_target_modules)
 
 
 def train_student(
@@ -80,7 +105,14 @@ def student_hooks(
         return teacher.student_pipeline(network, **distiller.student_settings)
 
     def save(folder: Path) -> None:
-        write_repository(pipeline(), folder)
+        if not is_adapted(network):
+            return write_repository(pipeline(), folder)
+        whole = merged(network)
+        complete = teacher.student_pipeline(whole, **distiller.student_settings)
+        component = next(name for name, part in complete.components.items() if part is whole)
+        write_repository(
+            complete, folder, lambda beside: save_lora_weights(type(complete), component, network, beside)
+        )
 
     def validate(folder: Path) -> dict[str, float]:
         device = next(network.parameters()).device

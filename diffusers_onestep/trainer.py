@@ -20,15 +20,19 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, cpu_offload_with_hook
+from accelerate.hooks import UserCpuOffloadHook
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from diffusers.utils import is_bitsandbytes_available
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from .arguments import TrainArguments
+from .arguments import DTYPES, TrainArguments
+from .denoiser import Denoiser
+from .lora import is_adapted
 from .methods.base import Batch, Distiller
 from .repository import write_json
 
@@ -141,12 +145,16 @@ class Trainer:
 
     def _prepare(self) -> None:
         args, accelerator = self.args, self.accelerator
-        dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]
+        dtype = DTYPES.get(accelerator.mixed_precision)
+        self._teacher_hook = self._prepare_teacher()
         for denoiser in (v for v in vars(self.distiller).values() if isinstance(v, torch.nn.Module)):
-            denoiser.to(accelerator.device)
+            if not (self._teacher_hook and denoiser is self.distiller.teacher):
+                denoiser.to(accelerator.device)
             for part in denoiser.modules():
                 if hasattr(part, "autocast_dtype"):  # a `Denoiser`, or an `Autoencoder`
                     part.autocast_dtype = dtype
+                if args.gradient_checkpointing and isinstance(part, Denoiser):
+                    checkpoint_gradients(part.network)
         self.optimizers, self.lr_schedulers, self.parameters = {}, {}, {}
         for name, network in self.distiller.trainable.items():
             # evaluation mode: no DDP wrapper. Gradients of frozen networks flow in some phases and several forwards
@@ -162,8 +170,7 @@ class Trainer:
             beta1 = args.adam_beta1
             if name == "student" and args.student_adam_beta1 is not None:
                 beta1 = args.student_adam_beta1
-            kind = {"adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}[args.optimizer]
-            optimizer = kind(
+            optimizer = optimizer_class(args.optimizer)(
                 self.parameters[name],
                 lr=rate,
                 betas=(beta1, args.adam_beta2),
@@ -181,6 +188,24 @@ class Trainer:
         if args.ema_halflife_kimg:
             self.ema = HalfLifeEMA(self.parameters["student"], 1000 * args.ema_halflife_kimg, args.ema_rampup_ratio)
         self.max_grad_norm = self.distiller.max_grad_norm if args.max_grad_norm is None else args.max_grad_norm
+
+    def _prepare_teacher(self) -> UserCpuOffloadHook | None:
+        """The frozen weights in their dtype, and where they wait for their use."""
+        args = self.args
+        if not (args.teacher_dtype or args.offload_teacher):
+            return None
+        teacher = getattr(self.distiller, "teacher", None)
+        if teacher is None:
+            raise ValueError(
+                f"`teacher_dtype` and `offload_teacher` need a teacher, but {type(self.distiller).__name__} has none."
+            )
+        if args.teacher_dtype:
+            teacher.to(DTYPES[args.teacher_dtype])
+        if not args.offload_teacher:
+            return None
+        if is_adapted(self.distiller.student.network):
+            raise ValueError("`offload_teacher` must be off with adapters, which live on the teacher's weights.")
+        return cpu_offload_with_hook(teacher.network, self.accelerator.device)[1]
 
     # the loop
 
@@ -280,6 +305,8 @@ class Trainer:
         optimizer.step()
         for other in self.optimizers.values():
             other.zero_grad()
+        if self._teacher_hook:
+            self._teacher_hook.offload()
 
     def generators(self, micro_batch: int, batch_size: int) -> list[torch.Generator]:
         first = (micro_batch * self.accelerator.num_processes + self.accelerator.process_index) * batch_size
@@ -436,6 +463,24 @@ class Trainer:
         line = {"step": self.step, "images": self.images_seen, "seconds": round(self.train_seconds, 1)} | values
         with open(self.output_dir / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def checkpoint_gradients(network: torch.nn.Module) -> None:
+    """Let a network compute most activations again in the backward pass."""
+    if not getattr(network, "_supports_gradient_checkpointing", False):
+        raise ValueError(f"`gradient_checkpointing` must be off for a {type(network).__name__}, which has none.")
+    network.enable_gradient_checkpointing()
+
+
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """The optimizer that a name of `--optimizer` means."""
+    if name != "adamw8bit":
+        return {"adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}[name]
+    if not (torch.cuda.is_available() and is_bitsandbytes_available()):
+        raise ValueError("`optimizer` 'adamw8bit' needs a GPU and bitsandbytes: pip install bitsandbytes.")
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit
 
 
 def average_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parameter]) -> None:

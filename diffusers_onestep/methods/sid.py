@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch.utils.checkpoint import checkpoint
 
 from ..denoiser import Denoiser
@@ -56,7 +57,7 @@ class SiD(ScoreDistiller):
             and fp16.
         sequential (`bool`, *optional*, defaults to `False`): backpropagate through one score network at a time: peak
             activations of one network instead of three, for three more forwards.
-        student, student_timesteps, fake_score_updates, sample_shape: see `ScoreDistiller`.
+        student, student_timesteps, fake_score_updates, sample_shape, lora: see `ScoreDistiller`.
     """
 
     paper = Paper(
@@ -81,6 +82,7 @@ class SiD(ScoreDistiller):
         student: Denoiser | None = None,
         student_timesteps: list[float] | None = None,
         sample_shape: tuple[int, int, int] | None = None,
+        lora: LoraConfig | None = None,
     ):
         super().__init__(
             teacher,
@@ -89,6 +91,7 @@ class SiD(ScoreDistiller):
             student=student,
             fake_score_updates=fake_score_updates,
             sample_shape=sample_shape,
+            lora=lora,
         )
         default = {EDMSchedule: "karras", FlowSchedule: "logit_normal", VPSchedule: "uniform"}
         self.noise_levels = noise_levels or default[type(self.teacher.schedule)]
