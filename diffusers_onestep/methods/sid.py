@@ -33,8 +33,8 @@ def sid_loss(
     batch_size = x0.shape[0]
     dtype = torch.promote_types(x0.dtype, torch.float32)
     x0, teacher_x0, fake_x0 = (v.to(dtype).flatten(1) for v in (x0, teacher_x0, fake_x0))
-    finite = (x0.isfinite() & teacher_x0.isfinite() & fake_x0.isfinite()).all(1)
-    x0, teacher_x0, fake_x0 = x0[finite], teacher_x0[finite], fake_x0[finite]
+    finite = (x0.isfinite() & teacher_x0.isfinite() & fake_x0.isfinite()).all(1, keepdim=True)
+    x0, teacher_x0, fake_x0 = (torch.where(finite, v, 0.0) for v in (x0, teacher_x0, fake_x0))
     d = teacher_x0 - fake_x0
     loss = (d * ((teacher_x0 - x0) - alpha * d)).sum(1)
     if normalize:
