@@ -105,11 +105,17 @@ class MemoryMeter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, FakeTensor):
+            if isinstance(tensor, torch.Tensor):
                 self.notice(tensor.untyped_storage())
         if self.live > self.peak:
             self.reset()
         return result
+
+    @staticmethod
+    def leave_out(tensors: Iterable[torch.Tensor]) -> None:
+        """Do not count what is there already, when a view of it is made."""
+        for tensor in tensors:
+            tensor.untyped_storage().noticed = True
 
     def notice(self, storage: torch.UntypedStorage) -> None:
         if not hasattr(storage, "noticed"):  # views and in-place operations give back the storage they got
@@ -196,13 +202,13 @@ def plan_step(network_config: dict, scheduler: Any, args: PlanArguments, vae_sca
 
 
 def measure(distiller: ScoreDistiller, batch: dict, args: PlanArguments) -> Plan:
-    """Run a step of a distiller whose weights have no data."""
+    """Run a step of a distiller, whose weights may be without data."""
+    networks = (distiller.teacher, distiller.student, distiller.fake_score)
     parts = {name: list(part.parameters()) for name, part in distiller.trainable.items()}
-    meter = MemoryMeter()
-    optimizers, gradient_bytes, held = {}, {}, {}
+    meter, optimizers = MemoryMeter(), {}
+    meter.leave_out(tensor for network in networks for tensor in (*network.parameters(), *network.buffers()))
     with meter:
         for name, parameters in parts.items():
-            # torch's default on a GPU makes temporaries as large as a network
             optimizers[name] = _optimizer(args, parameters)
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
@@ -218,7 +224,6 @@ def measure(distiller: ScoreDistiller, batch: dict, args: PlanArguments) -> Plan
                 loss.backward()
                 del loss
                 optimizers[name].step()
-                optimizers[name].zero_grad()
                 for optimizer in optimizers.values():
                     optimizer.zero_grad()
         if ema is not None:
@@ -241,7 +246,7 @@ def measure(distiller: ScoreDistiller, batch: dict, args: PlanArguments) -> Plan
 
 
 def without_data(modules: Iterable[nn.Module]) -> None:
-    """Let meta weights pass for weights on the CPU, whose kernels and autocast are then those that are counted; weights
+    """Let meta weights pass for weights on the CPU, so that its kernels and its autocast are what is counted; weights
     that are shared stay shared."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     known: dict[int, torch.Tensor] = {}
@@ -304,6 +309,7 @@ def example_cond(network: nn.Module, batch_size: int) -> dict[str, torch.Tensor]
 
 
 def _optimizer(args: PlanArguments, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    # the loop over all tensors at once, torch's default on a GPU, makes temporaries as large as a network
     kind = torch.optim.RAdam if args.optimizer == "radam" else torch.optim.AdamW
     return kind(parameters, foreach=args.device == "cuda")
 

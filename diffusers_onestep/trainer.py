@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator, cpu_offload_with_hook
 from accelerate.hooks import UserCpuOffloadHook
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import DistributedType, broadcast, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import is_bitsandbytes_available
@@ -137,6 +137,11 @@ class Trainer:
                 )
             args.gradient_accumulation_steps = args.global_batch_size // micro_batch
         atexit.register(self.accelerator.state.destroy_process_group)
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError(
+                "`distributed_type` of the launcher must be NO or MULTI_GPU, but is FSDP: networks are not sharded. "
+                "For large teachers use `lora_rank`, `teacher_dtype` bf16 and `gradient_checkpointing`."
+            )
         set_seed(args.seed)
         self.step, self.images_seen, self.train_seconds = 0, 0, 0.0
         self.best_distance: float | None = None
@@ -483,12 +488,19 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     return AdamW8bit
 
 
-def average_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parameter]) -> None:
-    """Replace every gradient by its mean over all ranks, in one transfer."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
+def average_gradients(
+    accelerator: Accelerator, parameters: list[torch.nn.Parameter], transfer_size: int = 2**26
+) -> None:
+    """Replace every gradient by its mean over all ranks, in transfers of about `transfer_size` numbers."""
+    waiting: list[torch.Tensor] = []
+    for gradient in (*(p.grad for p in parameters if p.grad is not None), None):
+        if gradient is not None:
+            waiting.append(gradient)
+        if waiting and (gradient is None or sum(g.numel() for g in waiting) >= transfer_size):
+            flat = accelerator.reduce(torch.cat([g.flatten() for g in waiting]), "mean")
+            for target, mean in zip(waiting, flat.split([g.numel() for g in waiting]), strict=True):
+                target.copy_(mean.view_as(target))
+            waiting = []
 
 
 def checkpoint_path(output_dir: Path, step: int) -> Path:
