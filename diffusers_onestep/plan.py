@@ -308,7 +308,24 @@ def example_cond(network: nn.Module, batch_size: int) -> dict[str, torch.Tensor]
     return cond
 
 
+class EightBitStates(torch.optim.Optimizer):
+    """What bitsandbytes' AdamW8bit keeps: two bytes a weight, in float32 for tensors of less than 4096 weights, and a
+    float32 scale for every 256 of each."""
+
+    def step(self):
+        for parameter in self.param_groups[0]["params"]:
+            if not self.state[parameter]:
+                small = parameter.numel() < 4096
+                for name in ("state1", "state2"):
+                    kind = torch.float32 if small else torch.uint8
+                    self.state[parameter][name] = torch.zeros_like(parameter, dtype=kind)
+                    if not small:
+                        self.state[parameter][f"{name}_scale"] = parameter.new_zeros(-(-parameter.numel() // 256))
+
+
 def _optimizer(args: PlanArguments, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    if args.optimizer == "adamw8bit":
+        return EightBitStates(parameters, {})
     # the loop over all tensors at once, torch's default on a GPU, makes temporaries as large as a network
     kind = torch.optim.RAdam if args.optimizer == "radam" else torch.optim.AdamW
     return kind(parameters, foreach=args.device == "cuda")

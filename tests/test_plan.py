@@ -73,6 +73,8 @@ def test_bytes_by_purpose():
     assert whole.memory["weights, trained"] == whole.memory["optimizer"] // 2 == 2 * 4 * count
     assert whole.memory["EMA"] == 4 * count and 0 <= whole.memory["gradients"] <= 4 * count
     assert whole.peak == sum(whole.memory.values())
+    eight = plan_step(CONFIG, SCHEDULER, arguments(optimizer="adamw8bit"))
+    assert 2 * 2 * count < eight.memory["optimizer"] < 0.5 * whole.memory["optimizer"]
     lora = plan_step(CONFIG, SCHEDULER, arguments(lora_rank=4, lora_target_modules=["to_q"]))
     adapters = 2 * sum(4 * (p.shape[0] + p.shape[1]) for name, p in _queries())
     assert lora.memory["weights, frozen"] == 4 * count and lora.memory["weights, trained"] == 4 * adapters
