@@ -13,7 +13,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline, UNet2DModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -150,16 +150,15 @@ def plan(args: PlanArguments) -> Plan:
     if name not in index:
         raise ValueError(f"`pretrained_teacher_model` must have a unet or a transformer, but {path!r} has neither.")
 
-    def config(part: str, cls: Any = ModelMixin) -> dict:
-        # two mixins share the reading of config files, one of them under another file name
-        reader = type("Reader", (diffusers.ConfigMixin,), {"config_name": cls})
+    def config(part: str, reader: Any = UNet2DModel) -> dict:  # any model reads the config of any other
         return reader.load_config(path, subfolder=part, revision=args.revision)
 
-    network = config(name, "config.json")
-    scheduler = _class(index["scheduler"][1]).from_config(config("scheduler", "scheduler_config.json"))
+    network = config(name)
+    scheduler_class = getattr(schedulers, index["scheduler"][1], None) or getattr(diffusers, index["scheduler"][1])
+    scheduler = scheduler_class.from_config(config("scheduler", scheduler_class))
     scale = 1
     if index.get("vae"):
-        vae = config("vae", "config.json")
+        vae = config("vae")
         scale = 2 ** (len(vae.get("block_out_channels") or vae["encoder_block_out_channels"]) - 1)
     return plan_step(network, scheduler, args, scale)
 
@@ -333,7 +332,3 @@ def _optimizer(args: PlanArguments, parameters: list[nn.Parameter]) -> torch.opt
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def _class(name: str) -> Any:
-    return getattr(diffusers, name, None) or getattr(schedulers, name)

@@ -1,7 +1,10 @@
 """`onestep plan` against the steps that it foretells."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT, tiny_unet
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from hub_server import LocalHub
 
 from diffusers_onestep import DMD, Denoiser, SiD, VPSchedule
 from diffusers_onestep.cli import main
@@ -143,6 +147,22 @@ def test_config_files_are_enough(configs_only, capsys):
     main(["plan", "--pretrained_teacher_model", str(configs_only), "--method", "dmd", "--train_batch_size", "2"])
     text = capsys.readouterr().out
     assert "peak" in text and "TFLOP" in text and "Not counted" in text
+
+
+def test_a_hub_id_costs_its_config_files(configs_only, tmp_path):
+    shutil.copytree(configs_only, tmp_path / "hub" / "user" / "teacher")
+    with LocalHub(tmp_path / "hub") as hub:
+        done = subprocess.run(
+            [sys.executable, "-m", "diffusers_onestep.cli", "plan", "--pretrained_teacher_model", "user/teacher"],
+            env=os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")},
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "parameters: teacher" in done.stdout
+    fetched = {path.name for path in (tmp_path / "home" / "hub").rglob("snapshots/*/**/*") if not path.is_dir()}
+    assert fetched == {"model_index.json", "config.json", "scheduler_config.json"}
 
 
 def test_resolution_counts_in_latents(configs_only):
