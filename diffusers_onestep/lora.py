@@ -80,6 +80,14 @@ def adapter(network: nn.Module) -> nn.ModuleDict:
     )
 
 
+def leave_dtypes_to_autocast(network: nn.Module) -> None:
+    """Let adapters take their inputs as they are, for autocast to cast: each of peft's own casts would keep a copy for
+    the backward pass."""
+    for layer in network.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.cast_input_dtype_enabled = False
+
+
 def trained_part(network: nn.Module) -> nn.Module:
     """What is trained of a network: its adapter if it has one, else all of it."""
     return adapter(network) if is_adapted(network) else network

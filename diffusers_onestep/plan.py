@@ -32,7 +32,7 @@ from .models import network_from_config
 from .repository import resolve_model
 from .schedules import NoiseSchedule
 from .teacher import _prediction_type
-from .trainer import HalfLifeEMA, checkpoint_gradients
+from .trainer import HalfLifeEMA, configure_networks
 
 METHODS = {"sid": SiD, "dmd": DMD}
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -192,11 +192,7 @@ def plan_step(network_config: dict, scheduler: Any, args: PlanArguments, vae_sca
         teacher.to(DTYPES[args.teacher_dtype])
     without_data([distiller.teacher, distiller.student, distiller.fake_score])
     for denoiser in (distiller.teacher, distiller.student, distiller.fake_score):
-        for part in denoiser.modules():
-            if isinstance(part, Denoiser):
-                part.autocast_dtype = DTYPES.get(args.mixed_precision)
-        if args.gradient_checkpointing:
-            checkpoint_gradients(denoiser.network)
+        configure_networks(denoiser, DTYPES.get(args.mixed_precision), args.gradient_checkpointing)
     return measure(distiller, {"batch_size": args.train_batch_size, "cond": cond}, args)
 
 

@@ -31,8 +31,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from .arguments import DTYPES, TrainArguments
-from .denoiser import Denoiser
-from .lora import is_adapted
+from .lora import is_adapted, leave_dtypes_to_autocast
 from .methods.base import Batch, Distiller
 from .repository import write_json
 
@@ -155,11 +154,7 @@ class Trainer:
         for denoiser in (v for v in vars(self.distiller).values() if isinstance(v, torch.nn.Module)):
             if not (self._teacher_hook and denoiser is self.distiller.teacher):
                 denoiser.to(accelerator.device)
-            for part in denoiser.modules():
-                if hasattr(part, "autocast_dtype"):  # a `Denoiser`, or an `Autoencoder`
-                    part.autocast_dtype = dtype
-                if args.gradient_checkpointing and isinstance(part, Denoiser):
-                    checkpoint_gradients(part.network)
+            configure_networks(denoiser, dtype, args.gradient_checkpointing)
         self.optimizers, self.lr_schedulers, self.parameters = {}, {}, {}
         for name, network in self.distiller.trainable.items():
             # evaluation mode: no DDP wrapper. Gradients of frozen networks flow in some phases and several forwards
@@ -468,6 +463,18 @@ class Trainer:
         line = {"step": self.step, "images": self.images_seen, "seconds": round(self.train_seconds, 1)} | values
         with open(self.output_dir / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def configure_networks(module: torch.nn.Module, autocast_dtype: torch.dtype | None, checkpointing: bool) -> None:
+    """Tell every `Denoiser` (or `Autoencoder`) in `module` in which precision its network is called, and what that
+    keeps."""
+    for part in module.modules():
+        if hasattr(part, "autocast_dtype"):
+            part.autocast_dtype = autocast_dtype
+            if autocast_dtype is not None:
+                leave_dtypes_to_autocast(part.network)
+            if checkpointing:
+                checkpoint_gradients(part.network)
 
 
 def checkpoint_gradients(network: torch.nn.Module) -> None:
