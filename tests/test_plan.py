@@ -74,7 +74,8 @@ def test_bytes_by_purpose():
     count = sum(p.numel() for p in UNet2DConditionModel.from_config(CONFIG).parameters())
     whole = plan_step(CONFIG, SCHEDULER, arguments(teacher_dtype="bf16", ema_halflife_kimg=1.0))
     assert whole.memory["weights, frozen"] == 2 * count
-    assert whole.memory["weights, trained"] == whole.memory["optimizer"] // 2 == 2 * 4 * count
+    assert whole.memory["weights, trained"] == 2 * 4 * count
+    assert whole.memory["optimizer"] == pytest.approx(2 * 8 * count, abs=4096)  # and a step count for each tensor
     assert whole.memory["EMA"] == 4 * count and 0 <= whole.memory["gradients"] <= 4 * count
     assert whole.peak == sum(whole.memory.values())
     eight = plan_step(CONFIG, SCHEDULER, arguments(optimizer="adamw8bit"))
@@ -82,7 +83,7 @@ def test_bytes_by_purpose():
     lora = plan_step(CONFIG, SCHEDULER, arguments(lora_rank=4, lora_target_modules=["to_q"]))
     adapters = 2 * sum(4 * (p.shape[0] + p.shape[1]) for name, p in _queries())
     assert lora.memory["weights, frozen"] == 4 * count and lora.memory["weights, trained"] == 4 * adapters
-    assert lora.memory["optimizer"] == 8 * adapters
+    assert lora.memory["optimizer"] == pytest.approx(8 * adapters, abs=4096)
 
 
 def _queries():
