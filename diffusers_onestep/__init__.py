@@ -15,6 +15,7 @@ _PUBLIC = {
     "methods.sid": ["SiD"],
     "trainer": ["train"],
     "schedulers": [
+        "EDMHeunScheduler",
         "OneStepScheduler",
         "DistilledDDIMScheduler",
         "DistilledPNDMScheduler",
@@ -28,9 +29,10 @@ _PUBLIC = {
     ],
     "methods.dode": ["fit_d_ode", "DODEReport"],
     "pipelines": ["OneStepPipeline"],
-    "models": ["SpaceToDepthUNet2DModel"],
+    "models": ["EDMUNet2DModel", "EDM2UNet2DModel", "SpaceToDepthUNet2DModel"],
     "repository": ["shipped_model"],
     "evaluation": ["evaluate", "Metrics"],
+    "conversion": ["convert"],
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 # diffusers' loader looks for these two on the library that a repository names
@@ -60,6 +62,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from .conversion import convert
     from .denoiser import Denoiser, GuidedDenoiser
     from .evaluation import Metrics, evaluate
     from .methods.dkdm import DKDM
@@ -67,7 +70,7 @@ if TYPE_CHECKING:
     from .methods.dode import DODEReport, fit_d_ode
     from .methods.pid import PID
     from .methods.sid import SiD
-    from .models import SpaceToDepthUNet2DModel
+    from .models import EDM2UNet2DModel, EDMUNet2DModel, SpaceToDepthUNet2DModel
     from .pipelines import OneStepPipeline
     from .repository import shipped_model
     from .schedulers import (
@@ -80,6 +83,7 @@ if TYPE_CHECKING:
         DistilledEulerDiscreteScheduler,
         DistilledHeunDiscreteScheduler,
         DistilledPNDMScheduler,
+        EDMHeunScheduler,
         OneStepScheduler,
     )
     from .schedules import EDMSchedule, FlowSchedule, NoiseSchedule, VPSchedule

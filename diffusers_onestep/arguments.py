@@ -72,6 +72,9 @@ class TrainArguments:
     offload_teacher: bool = field(
         default=False, metadata={"help": "Keep the teacher in the CPU's memory while it is not needed."}
     )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Print the plan, take two steps of a tiny batch, and write nothing."}
+    )
     cpu_threads: int | None = field(default=None, metadata={"help": "torch.set_num_threads, if given."})
 
     def __post_init__(self):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def main(argv: list[str] | None = None) -> None:
-    """`onestep quickstart | sample | info | plan`."""
+    """`onestep quickstart | sample | info | convert | plan`."""
     parser = argparse.ArgumentParser(prog="onestep", description="One-step students of diffusion models.")
     commands = parser.add_subparsers(dest="command", required=True)
     quick = commands.add_parser("quickstart", help="distil the shipped teacher into a one-step student, live")
@@ -27,6 +27,14 @@ def main(argv: list[str] | None = None) -> None:
     about = commands.add_parser("info", help="say what a model folder holds")
     about.add_argument("model", help="a folder or a shipped name")
     about.set_defaults(run=info)
+    converting = commands.add_parser("convert", help="turn a published checkpoint into a diffusers folder")
+    converting.add_argument("file", help="of EDM, SiD, EDM2, guided-diffusion or DMD2")
+    converting.add_argument("out", help="the folder to write")
+    converting.add_argument("--kind", default="auto", help="auto, edm, edm2, guided-diffusion, sid or dmd2")
+    converting.add_argument("--base", help="of a text-to-image student: the pipeline whose U-Net it is")
+    converting.add_argument("--config", help="JSON file of the network's options, where the file has none")
+    converting.add_argument("--student_timesteps", nargs="+", type=int, help="of a text-to-image student")
+    converting.set_defaults(run=convert)
     planning = commands.add_parser(
         "plan", help="say what memory and work a training step needs, from config files alone", add_help=False
     )
@@ -99,6 +107,18 @@ def sample(model: str, class_labels: list[str] | None, num_images: int, seed: in
     print(f"{batch_size} images in {output}")
 
 
+def convert(
+    file: str, out: str, kind: str, base: str | None, config: str | None, student_timesteps: list[int] | None
+) -> None:
+    """A diffusers folder of a published checkpoint."""
+    from .conversion import convert
+
+    options = json.loads(Path(config).read_text()) if config else None
+    kind = convert(file, out, kind=kind, base=base, config=options, student_timesteps=student_timesteps)
+    print(f"{file} ({kind}) is now {out}")
+    info(out)
+
+
 def info(model: str) -> None:
     """What `model_index.json` and the configs say."""
     from .repository import resolve_model
@@ -115,6 +135,9 @@ def info(model: str) -> None:
     for key in ("student_timesteps", "init_noise_sigma", "original_inference_steps", "num_train_timesteps"):
         if key in scheduler:
             print(f"  {key}: {scheduler[key]}")
+    if (folder / "conversion.json").is_file():
+        source = json.loads((folder / "conversion.json").read_text())
+        print(f"  converted from: {source['file']} ({source['kind']})\n  licence: {source['license']}")
 
 
 def plan(flags: list[str]) -> None:

@@ -17,6 +17,7 @@ PREDICTION_TYPES = {
     "v_prediction": lambda alpha, sigma, _: (alpha / (alpha**2 + sigma**2), -sigma / (alpha**2 + sigma**2)),
     "sample": lambda alpha, sigma, _: (torch.zeros_like(alpha), torch.ones_like(alpha)),
     "flow_prediction": lambda alpha, sigma, _: (1 / (alpha + sigma), -sigma / (alpha + sigma)),
+    "ve": lambda _, sigma, __: (torch.ones_like(sigma), sigma),
     "edm": lambda _, sigma, sd: (sd**2 / (sigma**2 + sd**2), sigma * sd / (sigma**2 + sd**2).sqrt()),
 }
 
@@ -79,11 +80,11 @@ def end_of_trajectory(
 
 
 def scale_input(schedule: NoiseSchedule, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """What the network sees of `x_t`: `x_t / sqrt(sigma**2 + sigma_data**2)` for EDM, else `x_t` itself."""
+    """What the network sees of `x_t`: `c_in * x_t` for EDM, else `x_t` itself."""
     if not isinstance(schedule, EDMSchedule):
         return x_t
     _, sigma = schedule.alpha_sigma(t.double())
-    return x_t * (sigma**2 + schedule.sigma_data**2).rsqrt().to(x_t.dtype)
+    return x_t * schedule.c_in(sigma).to(x_t.dtype)
 
 
 class Denoiser(nn.Module):
@@ -96,7 +97,8 @@ class Denoiser(nn.Module):
         network (`nn.Module`): called as `network(x_t, t, **cond)`; returns a tensor, a tuple or a diffusers output.
             Channels beyond those of `x_t` (a learned variance) are dropped.
         schedule (`NoiseSchedule`): the forward process that the network was trained on.
-        prediction_type (`str`): `"epsilon"`, `"v_prediction"`, `"sample"`, `"flow_prediction"` or `"edm"`.
+        prediction_type (`str`): `"epsilon"`, `"v_prediction"`, `"sample"`, `"flow_prediction"`, `"edm"` or
+            `"ve"`.
 
     Raises:
         ValueError: if `prediction_type` is unknown, or is `"epsilon"` on a schedule without signal at its noisiest
@@ -116,10 +118,15 @@ class Denoiser(nn.Module):
     def __init__(self, network: nn.Module, schedule: NoiseSchedule, prediction_type: str):
         super().__init__()
         check_prediction_type(prediction_type)
-        if (prediction_type == "edm") != isinstance(schedule, EDMSchedule):
+        if isinstance(schedule, EDMSchedule) and prediction_type != schedule.prediction_type:
             raise ValueError(
-                "`prediction_type` must be 'edm' with an EDM schedule and only there, but is "
-                f"{prediction_type!r} with {type(schedule).__name__}."
+                f"`prediction_type` must be {schedule.prediction_type!r} with the preconditioning "
+                f"{schedule.preconditioning!r}, but is {prediction_type!r}."
+            )
+        if prediction_type in ("edm", "ve") and not isinstance(schedule, EDMSchedule):
+            raise ValueError(
+                f"`prediction_type` must not be {prediction_type!r} without an EDM schedule, but is so with "
+                f"{type(schedule).__name__}."
             )
         if prediction_type == "epsilon":
             alpha, _ = schedule.alpha_sigma(torch.tensor([schedule.t_max], dtype=torch.float64))
@@ -151,7 +158,7 @@ class Denoiser(nn.Module):
         `all_channels` keeps a learned variance."""
         dtype = next((p.dtype for p in self.network.parameters() if p.is_floating_point()), sample.dtype)
         kwargs: dict[str, Any] = {k: v.to(dtype) if v.is_floating_point() else v for k, v in (cond or {}).items()}
-        t = t.to(sample.device).expand(sample.shape[0])
+        t = self.schedule.network_timestep(t.to(sample.device).expand(sample.shape[0]))
         # one autocast region per call: a longer one would hand weights cast under no_grad to a call that needs
         # gradients
         with torch.autocast(sample.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):

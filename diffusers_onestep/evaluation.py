@@ -20,6 +20,7 @@ from .metrics import bootstrap_error, frechet_distance_of_moments, moments
 from .pipelines import OneStepPipeline
 from .repository import write_json
 from .sampling import picture, save_grid
+from .schedulers import EDMHeunScheduler
 from .teacher import Teacher
 
 Sampler = Callable[[torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]
@@ -80,9 +81,9 @@ def evaluate(
         def run(noise, cond, generator):
             return pipeline.sample(noise, cond, num_inference_steps=num_inference_steps, scheduler=scheduler)
 
-        if scheduler is not None:
-            scheduler.set_timesteps(num_inference_steps)
-            steps = len(scheduler.timesteps)
+        scheduler = scheduler or pipeline.reference_scheduler
+        scheduler.set_timesteps(num_inference_steps)
+        steps = len(scheduler.timesteps)
     else:
         if scheduler is not None:
             raise ValueError("`scheduler` must be None for a student, which has its own.")
@@ -139,11 +140,19 @@ def markdown_table(rows: list[Metrics]) -> str:
 
 
 def comparison_grid(
-    teacher: Teacher, student: Sampler, path: Path, *, columns: int = 10, seed: int = 0, num_inference_steps: int = 50
+    teacher: Teacher,
+    student: Sampler,
+    path: Path,
+    *,
+    columns: int = 10,
+    seed: int = 0,
+    num_inference_steps: int | None = None,
 ) -> None:
-    """A picture of teacher (upper row of each pair) and student (lower) on the same noises and labels."""
+    """A picture of teacher (upper row of each pair) and student (lower) on the same noises and labels; the teacher has
+    50 steps by default, 18 of Heun's for EDM."""
     noise, cond = noises_and_labels(teacher.sample_shape, teacher.num_labels, 2 * columns, seed)
-    above = picture(teacher.sample(noise, cond, num_inference_steps=num_inference_steps))
+    steps = num_inference_steps or (18 if isinstance(teacher.reference_scheduler, EDMHeunScheduler) else 50)
+    above = picture(teacher.sample(noise, cond, num_inference_steps=steps))
     below = picture(student(noise, cond))
     rows = [part for pair in zip(above.split(columns), below.split(columns), strict=True) for part in pair]
     save_grid(torch.cat(rows), path, columns)

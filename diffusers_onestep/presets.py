@@ -1,16 +1,26 @@
 """Published configurations by name: what the papers' tables of pixel models were made with.
 
 `max_train_steps` is the published duration in images over the global batch; `train_batch_size` the published batch of
-one GPU, where it is known. SiD's runs also augment the images that the fake score learns from, which is not done here,
-and have dropout, which is the teacher's. Configurations of text-to-image models come with these models.
+one GPU, where it is known. Configurations of text-to-image models come with these models.
 """
 
 
-def _sid(alpha: float, batch: int, rate: float, million_images: int, halflife_kimg: float = 500.0, **other) -> dict:
+def _sid(
+    alpha: float,
+    batch: int,
+    rate: float,
+    million_images: int,
+    dropout: float,
+    augment: float,
+    halflife_kimg: float = 500.0,
+    **other,
+) -> dict:
     return {
         "alpha": alpha,
         "start_ratio": 2.5,
         "noise_levels": "karras",
+        "network_dropout": dropout,
+        "augment_probability": augment,
         "global_batch_size": batch,
         "train_batch_size": 16,
         "learning_rate": rate,
@@ -24,11 +34,11 @@ def _sid(alpha: float, batch: int, rate: float, million_images: int, halflife_ki
 _FP16 = {"mixed_precision": "fp16", "adam_epsilon": 1e-6}
 
 SID_PRESETS = {
-    "cifar10-uncond": _sid(1.2, 256, 1e-5, 500),
-    "cifar10-cond": _sid(1.2, 256, 1e-5, 800),
-    "imagenet64-cond": _sid(1.2, 8192, 4e-6, 1000, 2000.0, **_FP16),
-    "ffhq64": _sid(1.2, 512, 1e-5, 500, student_adam_beta1=0.9, **_FP16),
-    "afhqv2-64": _sid(1.0, 512, 5e-6, 500, **_FP16),
+    "cifar10-uncond": _sid(1.2, 256, 1e-5, 500, 0.13, 0.12),
+    "cifar10-cond": _sid(1.2, 256, 1e-5, 800, 0.13, 0.12),
+    "imagenet64-cond": _sid(1.2, 8192, 4e-6, 1000, 0.1, 0.0, 2000.0, **_FP16),
+    "ffhq64": _sid(1.2, 512, 1e-5, 500, 0.05, 0.15, student_adam_beta1=0.9, **_FP16),
+    "afhqv2-64": _sid(1.0, 512, 5e-6, 500, 0.05, 0.15, **_FP16),
 }
 
 

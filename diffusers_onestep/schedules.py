@@ -33,7 +33,8 @@ class NoiseSchedule(ABC):
         """
         config, name = scheduler.config, type(scheduler).__name__
         if config.get("schedule_type") == "edm" or name.startswith(("EDM", "DistilledEDM")):
-            return EDMSchedule(config.sigma_min, config.sigma_max, config.sigma_data, config.num_train_timesteps)
+            levels = (config.sigma_min, config.sigma_max, config.sigma_data, config.num_train_timesteps)
+            return EDMSchedule(*levels, config.get("preconditioning", "edm"))
         if config.get("schedule_type") == "flow" or "FlowMatch" in name or config.get("use_flow_sigmas"):
             return FlowSchedule(config.num_train_timesteps, config.get("shift", config.get("flow_shift")) or 1.0)
         if hasattr(scheduler, "alphas_cumprod"):
@@ -61,6 +62,10 @@ class NoiseSchedule(ABC):
         """Timestep of place `index` (`0 <= index < num_train_timesteps`, ascending noise) on the grid that the DMD
         papers draw from: the timesteps themselves for VP and flow, Karras levels for EDM (DMD, App. B.1)."""
         return index
+
+    def network_timestep(self, t: torch.Tensor) -> torch.Tensor:
+        """What the network is told for `t`."""
+        return t
 
 
 def _shaped(alpha: torch.Tensor, sigma: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,7 +123,22 @@ class FlowSchedule(NoiseSchedule):
 
 
 class EDMSchedule(NoiseSchedule):
-    """EDM: `alpha = 1`, `sigma` is the noise level and `t = 0.25 * ln(sigma)` (Karras et al. 2022, Table 1)."""
+    """Noise levels themselves: `alpha = 1`, and `t` is the `c_noise` of one of the four preconditionings of Karras et
+    al. 2022, Table 1.
+
+    | `preconditioning` | `t` | the network sees | `prediction_type` |
+    |---|---|---|---|
+    | `"edm"` | `ln(sigma) / 4` | `x_t / sqrt(sigma**2 + sigma_data**2)` | `"edm"` |
+    | `"vp"` | 999 times the time of the VP SDE | `x_t / sqrt(sigma**2 + 1)` | `"epsilon"` |
+    | `"ve"` | `ln(sigma / 2)` | `x_t` | `"ve"` |
+    | `"iddpm"` | DDPM's timestep, with the cosine schedule; the network sees whole ones | as `"vp"` | `"epsilon"` |
+
+    Args:
+        sigma_min, sigma_max (`float`): range of noise levels.
+        sigma_data (`float`): standard deviation of the data; of "edm" alone.
+        num_train_timesteps (`int`): see `grid`.
+        preconditioning (`str`): as above.
+    """
 
     def __init__(
         self,
@@ -126,20 +146,106 @@ class EDMSchedule(NoiseSchedule):
         sigma_max: float = 80.0,
         sigma_data: float = 0.5,
         num_train_timesteps: int = 1000,
+        preconditioning: str = "edm",
     ):
+        if preconditioning not in PRECONDITIONINGS:
+            raise ValueError(f"`preconditioning` must be one of {PRECONDITIONINGS}, but is {preconditioning!r}.")
+        self.preconditioning = preconditioning
         self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
         self.num_train_timesteps = num_train_timesteps
-        self.t_min, self.t_max = 0.25 * math.log(sigma_min), 0.25 * math.log(sigma_max)
+        self._levels: dict[torch.device, torch.Tensor] = {}  # one copy per device
+        ends = self.c_noise(torch.tensor([sigma_min, sigma_max], dtype=torch.float64))
+        self.t_min, self.t_max = ends.tolist()
+
+    @property
+    def prediction_type(self) -> str:
+        """What a network with this preconditioning predicts."""
+        return {"edm": "edm", "ve": "ve"}.get(self.preconditioning, "epsilon")
+
+    def c_in(self, sigma: torch.Tensor) -> torch.Tensor:
+        """The scale of the network's input at noise levels `sigma`."""
+        if self.preconditioning == "ve":
+            return torch.ones_like(sigma)
+        return (sigma**2 + (self.sigma_data**2 if self.preconditioning == "edm" else 1)).rsqrt()
+
+    def c_noise(self, sigma: torch.Tensor) -> torch.Tensor:
+        """The timestep of noise levels `sigma`, in float64."""
+        sigma = sigma.double()
+        if self.preconditioning == "edm":
+            return sigma.log() / 4
+        if self.preconditioning == "ve":
+            return (sigma / 2).log()
+        if self.preconditioning == "vp":
+            log_term = 2 * VP_BETA_D * torch.log1p(sigma**2)
+            return (VP_STEPS - 1) * ((VP_BETA_MIN**2 + log_term).sqrt() - VP_BETA_MIN) / VP_BETA_D
+        levels = self.iddpm_levels(sigma.device)
+        above = torch.searchsorted(levels, sigma.contiguous()).clamp(1, len(levels) - 1)
+        low, high = levels[above - 1], levels[above]
+        return above - 1 + (sigma - low) / (high - low)
 
     def alpha_sigma(self, t):
-        sigma = torch.exp(4 * t.double())
+        time = t.double()
+        if self.preconditioning == "edm":
+            sigma = torch.exp(4 * time)
+        elif self.preconditioning == "ve":
+            sigma = 2 * time.exp()
+        elif self.preconditioning == "vp":
+            time = time / (VP_STEPS - 1)
+            sigma = torch.expm1(VP_BETA_D * time**2 / 2 + VP_BETA_MIN * time).clamp(min=0).sqrt()
+        else:
+            levels = self.iddpm_levels(t.device)
+            below = time.floor().clamp(0, len(levels) - 2).long()
+            sigma = levels[below] + (time - below) * (levels[below + 1] - levels[below])
         return _shaped(torch.ones_like(sigma), sigma, t)
 
     def timestep(self, ratio):
-        return (0.25 * torch.as_tensor(ratio, dtype=torch.float64).log()).float()
+        return self.c_noise(torch.as_tensor(ratio, dtype=torch.float64)).float()
 
     def grid(self, index):
         return self.timestep(karras_sigma(index / (self.num_train_timesteps - 1), self.sigma_min, self.sigma_max))
+
+    def network_timestep(self, t):
+        if self.preconditioning != "iddpm":
+            return t
+        sigma = self.alpha_sigma(t.double())[1].flatten()
+        return (self.iddpm_levels(t.device) - sigma[:, None]).abs().argmin(1).to(t.dtype).reshape(t.shape)
+
+    def round_sigma(self, sigma: torch.Tensor) -> torch.Tensor:
+        """The noise level nearest to `sigma` that the network was trained at."""
+        if self.preconditioning != "iddpm":
+            return sigma
+        levels = self.iddpm_levels(sigma.device)
+        return levels[(levels - sigma.double()[..., None]).abs().argmin(-1)].to(sigma.dtype)
+
+    def iddpm_levels(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Noise levels of DDPM's timesteps 0..999 with the cosine schedule, ascending, in float64."""
+        if torch.device(device) not in self._levels:
+            self._levels[torch.device(device)] = iddpm_sigmas().to(device)
+        return self._levels[torch.device(device)]
+
+
+PRECONDITIONINGS = ("edm", "vp", "ve", "iddpm")
+VP_BETA_D, VP_BETA_MIN, VP_STEPS = 19.9, 0.1, 1000  # of the VP SDE (Karras et al. 2022, Table 1)
+
+
+def iddpm_sigmas(steps: int = 1000) -> torch.Tensor:
+    """`u_{steps - 1 - t}` of the iDDPM preconditioning for `t` = 0..steps-1, float64: `u_{j-1} = sqrt((u_j**2 + 1) /
+    max(abar(j-1) / abar(j), C1) - 1)` with `abar(j) = sin(pi j / (2 steps (1 + C2)))**2` (Karras et al. 2022, Table
+    1), computed in float32 as it was for the checkpoints: the least level differs by 5e-4 from the exact one."""
+    c1, c2 = 0.001, 0.008
+    abar = (0.5 * math.pi * torch.arange(steps + 1) / steps / (1 + c2)).sin() ** 2
+    u = torch.zeros(steps + 1)
+    for j in range(steps, 0, -1):
+        u[j - 1] = ((u[j] ** 2 + 1) / (abar[j - 1] / abar[j]).clamp(min=c1) - 1).sqrt()
+    return u[:-1].flip(0).double()
+
+
+def vp_sde_alphas_cumprod() -> torch.Tensor:
+    """`alpha**2` of the VP SDE at timesteps 0..999 (times `c_noise / 999`), float64; the first at the SDE's least time
+    1e-5, for there is no noise at 0."""
+    time = torch.arange(VP_STEPS, dtype=torch.float64) / (VP_STEPS - 1)
+    time[0] = 1e-5
+    return torch.exp(-(VP_BETA_D * time**2 / 2 + VP_BETA_MIN * time))
 
 
 def karras_sigma(u: torch.Tensor, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> torch.Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, EDMEulerScheduler, SchedulerMixin, StableDiffusionPipeline
 from torch import nn
 
 from .conditions import Labels, label_embeddings, label_ids, named_labels
@@ -15,7 +15,7 @@ from .methods.base import sample_shape_of
 from .pipelines import OneStepPipeline
 from .repository import resolve_model
 from .sampling import sample
-from .schedulers import student_scheduler
+from .schedulers import EDMHeunScheduler, student_scheduler
 from .schedules import EDMSchedule, FlowSchedule, NoiseSchedule
 
 
@@ -121,6 +121,13 @@ class Teacher:
         wanted: Labels | Sequence[int] = range(self.num_labels) if labels is None else labels
         return {"class_labels": label_ids(wanted, self.num_labels, self.id2label)}
 
+    @property
+    def reference_scheduler(self) -> SchedulerMixin:
+        """What the teacher is sampled with: its own scheduler, but the paper's Heun method for a stock EDM one."""
+        if type(self.scheduler) is EDMEulerScheduler:
+            return EDMHeunScheduler.from_config(self.scheduler.config)
+        return self.scheduler
+
     def guided(self, guidance_scale: float) -> Denoiser | GuidedDenoiser:
         """The denoiser with classifier-free guidance; itself at 1.0."""
         if guidance_scale == 1.0:
@@ -136,10 +143,12 @@ class Teacher:
         guidance_scale: float = 1.0,
         scheduler: SchedulerMixin | None = None,
     ) -> torch.Tensor:
-        """The teacher's images `(B, C, H, W)` (or latents) of unit-variance noise, by its own scheduler (DDIM for
-        DDPM) or another one."""
+        """The teacher's images `(B, C, H, W)` (or latents) of unit-variance noise, by its reference scheduler (DDIM
+        for DDPM, Heun for EDM) or another one."""
         denoiser = self.guided(guidance_scale)
-        return sample(denoiser, scheduler or self.scheduler, noise, cond, num_inference_steps=num_inference_steps)
+        return sample(
+            denoiser, scheduler or self.reference_scheduler, noise, cond, num_inference_steps=num_inference_steps
+        )
 
     def student_pipeline(self, network: nn.Module, **settings: Any) -> OneStepPipeline:
         """The pipeline that a student of this teacher is saved as; `settings` are those of `student_scheduler`."""
@@ -169,5 +178,5 @@ def _prediction_type(scheduler: Any, schedule: NoiseSchedule) -> str:
     if isinstance(schedule, EDMSchedule):
         if prediction_type != "epsilon":
             raise ValueError(f"`prediction_type` of an EDM scheduler must be 'epsilon', but is {prediction_type!r}.")
-        return "edm"
+        return schedule.prediction_type
     return prediction_type

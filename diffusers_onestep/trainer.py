@@ -12,10 +12,11 @@ import math
 import os
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
@@ -104,11 +105,65 @@ def train(
         FloatingPointError: when a loss is not finite; names method, network, step and the last good checkpoint.
         SystemExit: after SIGTERM or Ctrl-C, when the checkpoint is written.
     """
+    if args.dry_run:
+        dry_run(distiller, batches, args)
+        return
     if save is None and validate is None:
         from .distillation import default_hooks
 
         save, validate = default_hooks(distiller, args)
     Trainer(distiller, args, save, validate).run(batches)
+
+
+def dry_run(distiller: Distiller, batches: Iterable[Batch], args: TrainArguments, batch_size: int = 2) -> None:
+    """Print what a run would do, and take two steps with `batch_size` samples, in a folder that is then removed."""
+    with tempfile.TemporaryDirectory() as folder:
+        planned = replace(args, output_dir=folder, report_to=None)
+        trainer = Trainer(distiller, planned)
+        trainer.accelerator.print(plan(distiller, planned, trainer.accelerator.num_processes))
+        stream = trainer.stream(batches)
+        for _ in range(2):
+            started = time.perf_counter()
+            losses = trainer.train_step([_first(next(stream), batch_size)])
+            took = time.perf_counter() - started
+            numbers = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
+            trainer.accelerator.print(f"step {trainer.step}: {batch_size} samples, {took:.1f} s, losses: {numbers}")
+
+
+def _first(batch: Batch, size: int) -> Batch:
+    cut = {k: v[:size] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    cond = {k: v[:size] for k, v in batch.get("cond", {}).items()}
+    return cut | {"cond": cond, "batch_size": min(size, batch["batch_size"])}
+
+
+def plan(distiller: Distiller, args: TrainArguments, num_processes: int) -> str:
+    """What a run would do: method, networks, batch, steps, levels and settings."""
+    paper = getattr(distiller, "paper", None)
+    lines = [f"{type(distiller).__name__}" + (f" ({paper.title}, arXiv:{paper.arxiv_id})" if paper else "")]
+    networks = {"teacher": getattr(getattr(distiller, "teacher", None), "network", None)} | distiller.trainable
+    for name, network in networks.items():
+        if network is not None:
+            parameters = sum(p.numel() for p in network.parameters())
+            dropout = getattr(network, "config", {}).get("dropout")
+            lines.append(
+                f"  {name}: {type(network).__name__}, {parameters:,} parameters"
+                + ("" if dropout is None else f", dropout {dropout}")
+            )
+    batch = args.train_batch_size * args.gradient_accumulation_steps * num_processes
+    lines.append(
+        f"  batch: {batch} = {args.train_batch_size} samples x {args.gradient_accumulation_steps} micro-batches x "
+        f"{num_processes} processes"
+    )
+    lines.append(f"  steps: {args.max_train_steps:,}, {args.max_train_steps * batch:,} images")
+    timesteps = getattr(distiller, "student_timesteps", None)
+    if timesteps:
+        levels = distiller.student.schedule.ratio(torch.tensor(timesteps, dtype=torch.float64)).tolist()
+        where = ", ".join(f"{t:.6g} (sigma / alpha {level:.6g})" for t, level in zip(timesteps, levels, strict=True))
+        lines.append(f"  student at t = {where}, noise scaled by {distiller.init_noise_sigma:.6g}")
+    own = {k: v for k, v in vars(distiller).items() if isinstance(v, (int, float, str, bool)) and k[0] != "_"}
+    lines.append("  method: " + ", ".join(f"{k} {v}" for k, v in sorted(own.items())))
+    lines.append("  settings: " + ", ".join(f"{k} {v}" for k, v in sorted(_scalars(asdict(args)).items())))
+    return "\n".join(lines)
 
 
 class Trainer:

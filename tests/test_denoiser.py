@@ -132,7 +132,7 @@ def test_guidance_off_is_one_call_of_the_plain_batch():
     "arguments, message",
     [
         ((VP, "eps"), r"`prediction_type` must be one of .* but is 'eps'"),
-        ((VP, "edm"), r"`prediction_type` must be 'edm' with an EDM schedule"),
+        ((VP, "edm"), r"`prediction_type` must not be 'edm' without an EDM schedule"),
         ((FlowSchedule(), "epsilon"), r"`prediction_type` must not be 'epsilon'"),
     ],
 )

@@ -42,6 +42,8 @@ def main(args: DKDMArguments) -> None:
             "One of `student_config` and `shrink` must be given, but they are "
             f"{args.student_config!r} and {args.shrink}."
         )
+    if args.dry_run:  # a reservoir is large, and takes hours to fill
+        args.train_batch_size, args.global_batch_size, args.num_steps = 2, None, 4
     if args.reservoir_dtype not in ("float32", "float16"):
         raise ValueError(f"`reservoir_dtype` must be 'float32' or 'float16', but is {args.reservoir_dtype!r}.")
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
@@ -78,6 +80,8 @@ def main(args: DKDMArguments) -> None:
 def prepare(distiller: DKDM, args: DKDMArguments, accelerator: Accelerator) -> None:
     """Fill the reservoir, each process its own, on the device and in the precision of the run; or take the one that an
     interrupted run has left in the folder."""
+    if args.dry_run:
+        return  # the first update prepares it
     folder = Path(args.output_dir) / "reservoir"
     if any(folder.glob("reservoir-*.safetensors")):
         distiller.load_state(folder, accelerator.process_index, accelerator.num_processes)

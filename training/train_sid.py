@@ -21,6 +21,10 @@ class SiDArguments(DistillationArguments):
         metadata={"help": "karras, uniform or logit_normal; default: the paper's for the teacher's schedule."},
     )
     loss_scale: float = field(default=100.0, metadata={"help": "Factor on the student's loss."})
+    augment_probability: float = field(
+        default=0.0, metadata={"help": "Of each change of the fake score's images; paper: 0.12, 0.15."}
+    )
+    network_dropout: float | None = field(default=None, metadata={"help": "Default: the teacher's."})
     sequential: bool = field(default=False, metadata={"help": "One score network's activations at a time."})
     adam_beta1: float = 0.0
     ema_halflife_kimg: float = 500.0
@@ -35,6 +39,8 @@ def main(args: SiDArguments) -> None:
         noise_levels=args.noise_levels,
         loss_scale=args.loss_scale,
         sequential=args.sequential,
+        augment_probability=args.augment_probability,
+        network_dropout=args.network_dropout,
         fake_score_updates=args.fake_score_updates,
         student=args.load_student(),
         student_timesteps=args.student_timesteps,

@@ -2,7 +2,7 @@
 
 accelerate launch training/train_teacher.py --recipe fashion32 --dataset fashion32.npz --output_dir fashion32
 
-The recipe `emoji-sd`, a small Stable Diffusion, has flags of its own and a module of its own, `emoji_sd.py`.
+`--recipe fashion-edm` is the same network with EDM's preconditioning, noise levels and sampler. The recipe `emoji-sd`, a small Stable Diffusion, has flags of its own and a module of its own, `emoji_sd.py`.
 """
 
 import argparse
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import emoji_sd
 import torch
-from diffusers import ConsistencyModelPipeline, DDPMScheduler
+from diffusers import ConsistencyModelPipeline, DDPMScheduler, EDMEulerScheduler
 
-from diffusers_onestep import Denoiser, NoiseSchedule, train
+from diffusers_onestep import Teacher, train
 from diffusers_onestep.arguments import TrainArguments, parse_args
 from diffusers_onestep.data import Batches, load_images
 from diffusers_onestep.methods.pretrain import Pretraining
@@ -21,7 +21,13 @@ from diffusers_onestep.models import SpaceToDepthUNet2DModel
 from diffusers_onestep.repository import write_repository
 from diffusers_onestep.sampling import picture, sample, save_grid
 
-RECIPES = {"fashion32": {"block_out_channels": (32, 64, 64), "attention_levels": (False, False, True)}}
+# the scheduler says what the network learns: DDPM's noise, or EDM's preconditioned denoising. One trailing step starts
+# at the last timestep: several defaults would start at t = 0
+RECIPES = {
+    "fashion32": lambda: DDPMScheduler(timestep_spacing="trailing"),
+    "fashion-edm": EDMEulerScheduler,
+}
+NETWORK = {"block_out_channels": (32, 64, 64), "attention_levels": (False, False, True)}
 
 
 @dataclass
@@ -52,25 +58,25 @@ def main(args: TeacherArguments) -> None:
         out_channels=channels,
         num_class_embeds=classes + 1,
         id2label=dict(enumerate(images.names)),
-        **RECIPES[args.recipe],
+        **NETWORK,
     )
-    # one trailing step starts at the last timestep: several defaults would start at t = 0
-    scheduler = DDPMScheduler(timestep_spacing="trailing")
-    student = Denoiser(network, NoiseSchedule.from_scheduler(scheduler), "epsilon")
+    pipeline = ConsistencyModelPipeline(network, RECIPES[args.recipe]())
+    teacher = Teacher(pipeline)
+    student = teacher.denoiser.requires_grad_(True)
     null = {"class_labels": torch.tensor([classes])}
     distiller = Pretraining(student, null, args.label_dropout)
 
     def save(folder: Path) -> None:
         # the stock pipeline that hands class labels to a U-Net, whatever the scheduler
-        write_repository(ConsistencyModelPipeline(network, scheduler), folder)
+        write_repository(pipeline, folder)
 
     def validate(folder: Path) -> dict[str, float]:
         generator = torch.Generator().manual_seed(args.seed)
         noise = torch.randn(4 * classes, *student_shape, generator=generator)
         cond = {"class_labels": torch.arange(classes).repeat(4)}
-        save_grid(
-            picture(sample(student, scheduler, noise, cond, num_inference_steps=50)), folder / "samples.png", classes
-        )
+        steps = 18 if student.prediction_type == "edm" else 50
+        samples = sample(student, teacher.reference_scheduler, noise, cond, num_inference_steps=steps)
+        save_grid(picture(samples), folder / "samples.png", classes)
         return {}
 
     student_shape = distiller.sample_shape

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..denoiser import Cond, Denoiser, GuidedDenoiser
 from ..lora import adapted
+from ..schedules import NoiseSchedule
 
 Batch = dict[str, Any]
 Generators = torch.Generator | list[torch.Generator] | None
@@ -39,6 +40,14 @@ def uniform(batch_size: int, generator: Generators = None, device: torch.device 
     if isinstance(generator, list):
         return torch.cat([uniform(1, g, device) for g in generator])
     return torch.rand(batch_size, generator=generator, device=generator.device if generator else device).to(device)
+
+
+def edm_training_level(
+    schedule: NoiseSchedule, batch_size: int, generator: Generators = None, device: torch.device | None = None
+) -> torch.Tensor:
+    """Timesteps `(B,)` of the noise levels that EDM networks learn at: `ln(sigma) ~ N(-1.2, 1.2**2)`, as ratios `sigma
+    / alpha` (Karras et al. 2022, Table 1)."""
+    return schedule.timestep(torch.exp(-1.2 + 1.2 * normal((batch_size,), generator, device).double()))
 
 
 def sample_shape_of(teacher: Any) -> tuple[int, int, int]:

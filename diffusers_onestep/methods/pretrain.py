@@ -1,12 +1,13 @@
-"""How a teacher is made: denoising score matching in the network's own prediction space (Ho et al. 2020, Eq. 14), and
-before it, for latent models, an autoencoder (Rombach et al. 2022)."""
+"""How a teacher is made: denoising score matching in the network's own prediction space (Ho et al. 2020, Eq. 14), at
+uniform timesteps or, for EDM, at its noise levels (Karras et al. 2022, Eq. 8); and before it, for latent models, an autoencoder (Rombach et al. 2022)."""
 
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
 from ..denoiser import Cond, Denoiser
-from .base import Distiller, Paper, normal, sample_shape_of, uniform
+from ..schedules import EDMSchedule
+from .base import Distiller, Paper, edm_training_level, normal, sample_shape_of, uniform
 from .distances import Distance, image_distance
 
 
@@ -45,7 +46,10 @@ class Pretraining(Distiller):
             for name, null in self.null_condition.items():
                 mask = dropped.view(-1, *[1] * (null.dim() - 1))
                 cond[name] = torch.where(mask, null.to(x0.device), cond[name])
-        t = schedule.grid((uniform(batch_size, generator, x0.device) * schedule.num_train_timesteps).long())
+        if isinstance(schedule, EDMSchedule):
+            t = edm_training_level(schedule, batch_size, generator, x0.device)
+        else:
+            t = schedule.grid((uniform(batch_size, generator, x0.device) * schedule.num_train_timesteps).long())
         noise = normal(x0.shape, generator, x0.device)
         pred_x0 = self.student(self.student.add_noise(x0, noise, t), t, cond)
         yield "student", (self.student.weight(t) * (pred_x0 - x0) ** 2).mean()

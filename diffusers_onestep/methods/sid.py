@@ -5,13 +5,18 @@ import math
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 from peft import LoraConfig
 from torch.utils.checkpoint import checkpoint
 
+from ..augmentation import AUGMENT_DIM, augment
 from ..denoiser import Denoiser
+from ..models import set_dropout
 from ..schedules import EDMSchedule, FlowSchedule, VPSchedule, karras_sigma
-from .base import Paper, normal, uniform
+from .base import Paper, edm_training_level, normal, uniform
 from .score import ScoreDistiller
+
+logger = logging.get_logger(__name__)
 
 
 def sid_loss(
@@ -57,6 +62,10 @@ class SiD(ScoreDistiller):
             and fp16.
         sequential (`bool`, *optional*, defaults to `False`): backpropagate through one score network at a time: peak
             activations of one network instead of three, for three more forwards.
+        augment_probability (`float`, *optional*, defaults to 0.0): of each geometric change of the images that the
+            fake score learns from, for networks that take augmentation labels (0.12 and 0.15 in the paper's runs); the
+            student's step and sampling have none.
+        network_dropout (`float`, *optional*): dropout of the student and the fake score; by default the teacher's.
         student, student_timesteps, fake_score_updates, sample_shape, lora: see `ScoreDistiller`.
     """
 
@@ -78,6 +87,8 @@ class SiD(ScoreDistiller):
         noise_levels: str | None = None,
         loss_scale: float = 100.0,
         sequential: bool = False,
+        augment_probability: float = 0.0,
+        network_dropout: float | None = None,
         fake_score_updates: int = 1,
         student: Denoiser | None = None,
         student_timesteps: list[float] | None = None,
@@ -98,12 +109,28 @@ class SiD(ScoreDistiller):
         if self.noise_levels not in default.values():
             raise ValueError(f"`noise_levels` must be one of {sorted(default.values())}, but is {noise_levels!r}.")
         self.alpha, self.loss_scale, self.sequential = alpha, loss_scale, sequential
+        if not 0 <= augment_probability <= 1:
+            raise ValueError(f"`augment_probability` must lie between 0 and 1, but is {augment_probability}.")
+        self.augment_probability = augment_probability
+        config = getattr(self.teacher.network, "config", None) or {}
+        if augment_probability and config.get("augment_dim", 0) != AUGMENT_DIM:
+            logger.warning("The teacher takes no augmentation labels: the fake score learns from plain images.")
+            self.augment_probability = 0.0
+        if network_dropout is not None:
+            for network in (self.student.network, self.fake_score.network):
+                set_dropout(network, network_dropout)
 
     def student_loss(self, x0, batch, generator=None):
         if self.sequential:
             return self.loss_scale * self.sequential_loss(x0, batch, generator)
         teacher_x0, fake_x0 = self.scores(x0, batch, generator)
         return self.loss_scale * sid_loss(x0, teacher_x0, fake_x0, alpha=self.alpha)
+
+    def fake_score_loss(self, x0, batch, generator=None):
+        if self.augment_probability:
+            x0, labels = augment(x0, self.augment_probability, generator)
+            batch = batch | {"cond": dict(batch.get("cond") or {}) | {"augment_labels": labels}}
+        return super().fake_score_loss(x0, batch, generator)
 
     def last_step(self, x_t, t, cond):
         if self.sequential and torch.is_grad_enabled():
@@ -140,9 +167,7 @@ class SiD(ScoreDistiller):
 
     def fake_score_level(self, batch_size, generator, device):
         if self.noise_levels == "karras":
-            return self.teacher.schedule.timestep(
-                torch.exp(-1.2 + 1.2 * normal((batch_size,), generator, device).double())
-            )
+            return edm_training_level(self.teacher.schedule, batch_size, generator, device)
         return self._other_level(batch_size, generator, device)
 
     def _other_level(self, batch_size, generator, device):

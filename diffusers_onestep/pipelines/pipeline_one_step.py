@@ -15,7 +15,6 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..conditions import Labels, label_embeddings, label_ids, named_labels
-from ..methods.base import uniform
 from ..repository import resolve_model
 from ..schedulers import OneStepScheduler
 
@@ -165,8 +164,9 @@ class OneStepPipeline(DiffusionPipeline):
                 raise ValueError(f"`class_labels` must be None for an unconditional student, but is {class_labels!r}.")
             return None
         if class_labels is None:
-            draws = uniform(batch_size, generator[:batch_size] if isinstance(generator, list) else generator)
-            return (draws * self.num_labels).long()
+            if isinstance(generator, list):  # one per image, as in EDM's and SiD's scripts
+                return torch.stack([torch.randint(self.num_labels, (), generator=g) for g in generator[:batch_size]])
+            return torch.randint(self.num_labels, (batch_size,), generator=generator)
         ids = label_ids(class_labels, self.num_labels, self.id2label)
         if len(ids) not in (1, batch_size):
             raise ValueError(

@@ -14,6 +14,7 @@ from .scheduling_d_ode import (
     distilled_copy,
     solver_for,
 )
+from .scheduling_edm_heun import EDMHeunScheduler
 from .scheduling_one_step import OneStepScheduler, OneStepSchedulerOutput, student_scheduler
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "DistilledEulerDiscreteScheduler",
     "DistilledHeunDiscreteScheduler",
     "DistilledPNDMScheduler",
+    "EDMHeunScheduler",
     "OneStepScheduler",
     "OneStepSchedulerOutput",
     "distilled_copy",

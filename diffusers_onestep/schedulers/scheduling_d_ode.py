@@ -671,6 +671,8 @@ def solver_for(name: str, teacher_scheduler: SchedulerMixin, **settings: Any) ->
     fits = [n for n in SOLVERS if n.startswith("edm-") == edm and not (flow and SOLVERS[n][0] not in _FLOW)]
     if name not in fits:
         raise ValueError(f"`solver` must be one of {fits} for a {type(teacher_scheduler).__name__}, but is {name!r}.")
+    if config.get("preconditioning", "edm") != "edm":
+        raise ValueError(f"`preconditioning` must be 'edm' for these solvers, but is {config.preconditioning!r}.")
     solver, defaults = SOLVERS[name]
     if flow:
         defaults = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": config.shift}

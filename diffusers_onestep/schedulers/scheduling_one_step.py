@@ -40,11 +40,12 @@ class OneStepScheduler(SchedulerMixin, ConfigMixin):
         beta_schedule (`str`, defaults to `"linear"`): As in [`DDPMScheduler`].
         trained_betas (`list[float]`, *optional*): Betas themselves.
         prediction_type (`str`, defaults to `"epsilon"`): `"epsilon"`, `"v_prediction"`, `"sample"`,
-            `"flow_prediction"` or `"edm"`.
+            `"flow_prediction"`, `"edm"` or `"ve"`.
         schedule_type (`str`, defaults to `"vp"`): `"vp"`, `"flow"` or `"edm"`.
         sigma_min (`float`, defaults to 0.002): Of an EDM teacher, as are the next two.
         sigma_max (`float`, defaults to 80.0): Largest noise level.
         sigma_data (`float`, defaults to 0.5): Standard deviation of the data.
+        preconditioning (`str`, defaults to `"edm"`): Of an EDM teacher: `"edm"`, `"vp"`, `"ve"` or `"iddpm"`.
         student_timesteps (`list`, *optional*): Timesteps that the student was trained for, noisiest first. Without it
             any number of evenly spaced steps is allowed.
         init_noise_sigma (`float`, defaults to 1.0): Scale of the noise that sampling starts from.
@@ -72,6 +73,7 @@ class OneStepScheduler(SchedulerMixin, ConfigMixin):
         sigma_min: float = 0.002,
         sigma_max: float = 80.0,
         sigma_data: float = 0.5,
+        preconditioning: str = "edm",
         student_timesteps: list[float] | None = None,
         init_noise_sigma: float = 1.0,
         parameterization: str = "teacher",
@@ -98,7 +100,7 @@ class OneStepScheduler(SchedulerMixin, ConfigMixin):
         elif schedule_type == "flow":
             self.schedule = FlowSchedule(num_train_timesteps)
         elif schedule_type == "edm":
-            self.schedule = EDMSchedule(sigma_min, sigma_max, sigma_data, num_train_timesteps)
+            self.schedule = EDMSchedule(sigma_min, sigma_max, sigma_data, num_train_timesteps, preconditioning)
         else:
             raise ValueError(f"`schedule_type` must be 'vp', 'flow' or 'edm', but is {schedule_type!r}.")
         low, high = self.schedule.t_min, self.schedule.t_max
@@ -237,6 +239,8 @@ def student_scheduler(
     elif isinstance(schedule, EDMSchedule):
         config |= {"schedule_type": "edm", "sigma_data": schedule.sigma_data}
         config |= {"sigma_min": schedule.sigma_min, "sigma_max": schedule.sigma_max}
+        if schedule.preconditioning != "edm":
+            config["preconditioning"] = schedule.preconditioning
     else:
         config |= {"schedule_type": "flow"}
     return OneStepScheduler(

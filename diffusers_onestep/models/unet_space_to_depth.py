@@ -1,17 +1,11 @@
-"""Networks that diffusers does not have, and networks of random weights for students of other architectures."""
+"""A U-Net that is fast on small images."""
 
-import copy
-from typing import Any
-
-import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import UNet2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
-from torch import nn
-from transformers import CLIPTextModel
 
 
 class SpaceToDepthUNet2DModel(ModelMixin, ConfigMixin):
@@ -82,65 +76,3 @@ class SpaceToDepthUNet2DModel(ModelMixin, ConfigMixin):
         squares = self.unet(squares, timestep, class_labels=class_labels, return_dict=False)[0]
         sample = F.pixel_shuffle(squares, self.config.factor)
         return UNet2DOutput(sample=sample) if return_dict else (sample,)
-
-
-class PromptedUNet(nn.Module):
-    """A text-conditioned U-Net and its text encoder as one network, to be trained together.
-
-    Args:
-        unet (`UNet2DConditionModel`): the denoising network.
-        text_encoder (`CLIPTextModel`): gives it `encoder_hidden_states`.
-    """
-
-    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel):
-        super().__init__()
-        self.unet, self.text_encoder = unet, text_encoder
-
-    @property
-    def config(self):
-        return self.unet.config
-
-    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        """Predict for `sample` `(B, C, H, W)` at `timestep` `(B,)`, given the tokens `input_ids` `(B, L)`."""
-        embeddings = self.text_encoder(input_ids).last_hidden_state
-        return self.unet(sample, timestep, embeddings, return_dict=False)[0]
-
-
-def network_from_config(config: dict[str, Any]) -> ModelMixin:
-    """A diffusers model of random weights.
-
-    Args:
-        config (`dict`): as in a model's `config.json`; `_class_name` is a class of diffusers or of this package.
-
-    Raises:
-        ValueError: if there is no such model.
-    """
-    name = config.get("_class_name")
-    cls = globals().get(str(name)) or getattr(diffusers, str(name), None)
-    if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
-        raise ValueError(f"`_class_name` of the student's config must be a model of diffusers, but is {name!r}.")
-    return cls.from_config(config)
-
-
-def shrunk(network: nn.Module, factor: float) -> ModelMixin:
-    """A network of random weights like `network` whose widths are `factor` times as large, in whole norm groups.
-
-    Args:
-        network (`ModelMixin`): a U-Net with `block_out_channels`, or a transformer with `num_attention_heads`.
-        factor (`float`): 0.5 gives about a quarter of the parameters.
-    """
-    if not 0 < factor <= 1:
-        raise ValueError(f"`shrink` must lie between 0 and 1, but is {factor}.")
-    config = copy.deepcopy(dict(getattr(network, "config", {})))
-    if "block_out_channels" in config:
-        group = config.get("norm_num_groups") or 1
-        widths = [max(1, round(factor * width / group)) * group for width in config["block_out_channels"]]
-        config["block_out_channels"] = widths
-    elif "num_attention_heads" in config:
-        config["num_attention_heads"] = max(1, round(factor * config["num_attention_heads"]))
-    else:
-        raise ValueError(
-            "`shrink` needs a network with `block_out_channels` or `num_attention_heads`, but "
-            f"{type(network).__name__} has neither: give a `student_config`."
-        )
-    return network_from_config(config | {"_class_name": type(network).__name__})

@@ -1,0 +1,76 @@
+"""Networks that diffusers does not have, and networks of random weights for students of other architectures."""
+
+import copy
+from typing import Any
+
+import diffusers
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+from .prompted_unet import PromptedUNet
+from .unet_edm import EDMUNet2DModel
+from .unet_edm2 import EDM2UNet2DModel
+from .unet_space_to_depth import SpaceToDepthUNet2DModel
+
+__all__ = [
+    "EDM2UNet2DModel",
+    "EDMUNet2DModel",
+    "PromptedUNet",
+    "SpaceToDepthUNet2DModel",
+    "network_from_config",
+    "set_dropout",
+    "shrunk",
+]
+
+
+def network_from_config(config: dict[str, Any]) -> ModelMixin:
+    """A diffusers model of random weights.
+
+    Args:
+        config (`dict`): as in a model's `config.json`; `_class_name` is a class of diffusers or of this package.
+
+    Raises:
+        ValueError: if there is no such model.
+    """
+    name = config.get("_class_name")
+    cls = globals().get(str(name)) or getattr(diffusers, str(name), None)
+    if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
+        raise ValueError(f"`_class_name` of the student's config must be a model of diffusers, but is {name!r}.")
+    return cls.from_config(config)
+
+
+def set_dropout(network: nn.Module, probability: float) -> None:
+    """Set the dropout of all layers, and of the config that is saved."""
+    for part in network.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = probability
+        elif isinstance(getattr(part, "dropout", None), float):
+            part.dropout = probability
+    if isinstance(network, ModelMixin) and "dropout" in network.config:
+        network.register_to_config(dropout=probability)
+
+
+def shrunk(network: nn.Module, factor: float) -> ModelMixin:
+    """A network of random weights like `network` whose widths are `factor` times as large, in whole norm groups.
+
+    Args:
+        network (`ModelMixin`): a U-Net with `block_out_channels`, or a transformer with `num_attention_heads`.
+        factor (`float`): 0.5 gives about a quarter of the parameters.
+    """
+    if not 0 < factor <= 1:
+        raise ValueError(f"`shrink` must lie between 0 and 1, but is {factor}.")
+    config = copy.deepcopy(dict(getattr(network, "config", {})))
+    if "block_out_channels" in config:
+        group = config.get("norm_num_groups") or 1
+        widths = [max(1, round(factor * width / group)) * group for width in config["block_out_channels"]]
+        config["block_out_channels"] = widths
+    elif "model_channels" in config:  # of the EDM family, whose groups are a quarter of the channels at most
+        config["model_channels"] = max(1, round(factor * config["model_channels"] / 4)) * 4
+    elif "num_attention_heads" in config:
+        config["num_attention_heads"] = max(1, round(factor * config["num_attention_heads"]))
+    else:
+        raise ValueError(
+            "`shrink` needs a network with `block_out_channels` or `num_attention_heads`, but "
+            f"{type(network).__name__} has neither: give a `student_config`."
+        )
+    return network_from_config(config | {"_class_name": type(network).__name__})

@@ -1,0 +1,495 @@
+"""Published checkpoints to folders, and files that mean harm."""
+
+import io
+import json
+import os
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from edm_files import SOURCE, module, original_modules, random_weights, write_pickle
+from safetensors.torch import load_file
+from test_edm import GOLDEN, NETWORKS
+
+from diffusers_onestep import EDM2UNet2DModel, EDMSchedule, EDMUNet2DModel, OneStepPipeline, Teacher, convert
+from diffusers_onestep.checkpoints import UnsafeCheckpointError, read_checkpoint
+from diffusers_onestep.cli import main
+from diffusers_onestep.conversion import EDM_WRAPPERS, adm_to_stock, guided_to_edm
+
+DDPMPP = {"img_resolution": 8, "img_channels": 3, "label_dim": 4, "model_channels": 16, "channel_mult": [1, 2]}
+DDPMPP |= {"num_blocks": 1, "attn_resolutions": [4], "augment_dim": 9, "model_type": "SongUNet", "dropout": 0.13}
+SONG = {"sample_size": 8, "model_channels": 16, "channel_mult": (1, 2), "layers_per_block": 1}
+SONG |= {"attention_resolutions": (4,), "num_class_embeds": 4}
+# wide enough for the stock network
+ADM = {"img_resolution": 8, "img_channels": 3, "label_dim": 4, "model_channels": 128, "channel_mult": [1, 2]}
+ADM |= {"num_blocks": 1, "attn_resolutions": [4], "model_type": "DhariwalUNet"}
+OURS_ADM = SONG | {"architecture": "adm", "model_channels": 128}
+
+
+def network(config, seed=0):
+    torch.manual_seed(seed)
+    net = EDMUNet2DModel(**config).eval()
+    weights = random_weights(net, "model", seed)
+    net.load_state_dict({k.removeprefix("model."): v for k, v in weights.items()})
+    return net, weights
+
+
+@pytest.fixture
+def song(tmp_path):
+    net, weights = network(SONG | {"augment_dim": 9})
+    weights["model.enc.4x4_down.conv0.resample_filter"] = torch.full((1, 1, 2, 2), 0.25)
+    return net, write_pickle(tmp_path / "edm-tiny.pkl", "EDMPrecond", DDPMPP, weights, loss_fn=None)
+
+
+@torch.no_grad()
+def test_edm_teacher(song, tmp_path, capsys):
+    net, file = song
+    out = tmp_path / "out"
+    main(["convert", str(file), str(out)])
+    assert "cc-by-nc-sa-4.0" in capsys.readouterr().out
+    teacher = Teacher.from_pretrained(out)
+    loaded = teacher.denoiser.network
+    assert isinstance(loaded, EDMUNet2DModel) and loaded.config.architecture == "ddpmpp"
+    assert loaded.config.dropout == 0.13
+    x, t, labels = torch.randn(2, 3, 8, 8), torch.tensor([0.1, -1.0]), torch.tensor([0, 3])
+    torch.testing.assert_close(loaded(x, t, labels).sample, net(x, t, labels).sample, rtol=0, atol=0)
+    # D by its formula
+    sigma, x_t = torch.tensor([0.3, 2.5]).reshape(-1, 1, 1, 1), torch.randn(2, 3, 8, 8)
+    expected = (
+        0.25 / (sigma**2 + 0.25) * x_t
+        + sigma
+        * 0.5
+        / (sigma**2 + 0.25).sqrt()
+        * net(x_t / (sigma**2 + 0.25).sqrt(), sigma.flatten().log() / 4, labels).sample
+    )
+    t = teacher.denoiser.schedule.timestep(sigma.flatten())
+    torch.testing.assert_close(teacher.denoiser(x_t, t, {"class_labels": labels}), expected, rtol=1e-4, atol=1e-5)
+    samples = teacher.sample(torch.randn(2, 3, 8, 8), teacher.encode([0, 1]), num_inference_steps=3)
+    assert samples.isfinite().all()
+    assert "license: cc-by-nc-sa-4.0" in (out / "README.md").read_text()
+    assert json.loads((out / "conversion.json").read_text())["kind"] == "edm"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["edm-tiny.pkl", "out"]
+
+
+@torch.no_grad()
+def test_sid_student_samples_as_its_authors_do(song, tmp_path):
+    net, file = song
+    assert convert(file, tmp_path / "out", kind="sid") == "sid"
+    pipe = OneStepPipeline.from_pretrained(tmp_path / "out")
+    seeds = [7, 8, 9]
+    images = pipe(3, generator=[torch.Generator().manual_seed(s) for s in seeds], output_type="latent").images
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
+    z = torch.stack([torch.randn(3, 8, 8, generator=g) for g in generators])
+    labels = torch.stack([torch.randint(4, (), generator=g) for g in generators])
+    sigma = torch.tensor(2.5)
+    x_t = sigma * z
+    output = net(x_t / (sigma**2 + 0.25).sqrt(), sigma.log() / 4, labels).sample
+    expected = 0.25 / (sigma**2 + 0.25) * x_t + sigma * 0.5 / (sigma**2 + 0.25).sqrt() * output
+    torch.testing.assert_close(images, expected, rtol=1e-5, atol=1e-5)
+    pixels = pipe(3, generator=[torch.Generator().manual_seed(s) for s in seeds], output_type="np").images
+    theirs = (expected * 127.5 + 128).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    assert ((pixels * 255).round().astype("int") - theirs.numpy().astype("int")).__abs__().max() <= 1
+    with pytest.raises(ValueError, match="`num_inference_steps` must be 1"):
+        pipe(1, num_inference_steps=2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wrapper", ["VPPrecond", "VEPrecond", "iDDPMPrecond"])
+def test_baselines(wrapper, tmp_path):
+    config, options = dict(SONG), dict(DDPMPP) | {"augment_dim": 0}
+    if wrapper == "VEPrecond":
+        config |= {"architecture": "ncsnpp"}
+        options |= {"embedding_type": "fourier", "channel_mult_noise": 2, "encoder_type": "residual"}
+        options |= {"resample_filter": [1, 3, 3, 1], "decoder_type": "standard"}
+    if wrapper == "iDDPMPrecond":
+        config |= {"out_channels": 6}
+    net, weights = network(config)
+    convert(write_pickle(tmp_path / "a.pkl", wrapper, options, weights), tmp_path / "out")
+    teacher = Teacher.from_pretrained(tmp_path / "out")
+    x, labels = torch.randn(2, 3, 8, 8), torch.tensor([1, 2])
+    if wrapper == "VEPrecond":
+        sigma = torch.tensor([0.3, 20.0])
+        t = teacher.denoiser.schedule.timestep(sigma)
+        sigma = sigma.reshape(-1, 1, 1, 1)
+        expected = x + sigma * net(x, (sigma.flatten() / 2).log(), labels).sample
+        torch.testing.assert_close(teacher.denoiser(x, t, {"class_labels": labels}), expected, rtol=1e-4, atol=1e-4)
+        return
+    t = torch.tensor([100, 441])
+    alpha, sigma = teacher.denoiser.schedule.alpha_sigma(t)
+    level = sigma / alpha
+    if wrapper == "VPPrecond":
+        time = t / 999
+        expected = (torch.exp(19.9 * time**2 / 2 + 0.1 * time) - 1).sqrt()
+        torch.testing.assert_close(level.flatten(), expected, rtol=1e-4, atol=0)
+    output = net(x / (level**2 + 1).sqrt(), t, labels).sample[:, :3]
+    x0 = teacher.denoiser(alpha * x, t, {"class_labels": labels})
+    torch.testing.assert_close(x0, x - level * output, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_adm_becomes_the_stock_network(tmp_path):
+    net, weights = network(OURS_ADM)
+    convert(write_pickle(tmp_path / "edm-adm.pkl", "EDMPrecond", ADM, weights), tmp_path / "out")
+    stock = UNet2DModel.from_pretrained(tmp_path / "out" / "unet")  # plain diffusers
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([0.1, -1.0])
+    for labels, theirs in (([0, 3], torch.tensor([0, 3])), ([4, 4], None)):
+        expected = net(x, t, theirs).sample
+        torch.testing.assert_close(stock(x, t, torch.tensor(labels)).sample, expected, rtol=1e-4, atol=1e-4)
+    teacher = Teacher.from_pretrained(tmp_path / "out")
+    assert (teacher.num_labels, teacher.null_label) == (4, 4)
+
+
+@torch.no_grad()
+def test_dmd2_student_on_imagenet(tmp_path):
+    net, weights = network(OURS_ADM)
+    torch.save(OrderedDict(weights), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(ADM))
+    main(
+        [
+            "convert",
+            str(tmp_path / "pytorch_model.bin"),
+            str(tmp_path / "out"),
+            "--config",
+            str(tmp_path / "config.json"),
+        ]
+    )
+    pipe = OneStepPipeline.from_pretrained(tmp_path / "out")
+    z = torch.randn(2, 3, 8, 8)
+    x_t, labels = 80 * z, torch.tensor([1, 2])
+    c = (80.0**2 + 0.25) ** 0.5
+    expected = 0.25 / c**2 * x_t + 40 / c * net(x_t / c, torch.tensor(80.0).log() / 4, labels).sample
+    images = pipe(class_labels=labels, latents=z, output_type="latent").images
+    torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="does not fit its config"):
+        convert(tmp_path / "pytorch_model.bin", tmp_path / "other")  # not the published network
+    assert not (tmp_path / "other").exists()
+
+
+@torch.no_grad()
+def test_edm2_in_half_precision(tmp_path):
+    config = SONG | {"in_channels": 3, "out_channels": 3, "attention_head_dim": 16}
+    net = EDM2UNet2DModel(**config).eval()
+    weights = {k: v.half() for k, v in random_weights(net, "unet").items()}
+    net.load_state_dict({k.removeprefix("unet."): v.float() for k, v in weights.items()})
+    weights |= {"logvar_linear.weight": torch.randn(1, 128), "logvar_fourier.freqs": torch.randn(128)}
+    options = {"img_resolution": 8, "img_channels": 3, "label_dim": 4, "model_channels": 16, "channel_mult": [1, 2]}
+    options |= {"num_blocks": 1, "attn_resolutions": [4], "channels_per_head": 16, "use_fp16": True, "sigma_data": 0.5}
+    file = write_pickle(tmp_path / "edm2.pkl", "Precond", options, weights, easy=True, encoder=None)
+    assert convert(file, tmp_path / "out") == "edm2"
+    loaded = Teacher.from_pretrained(tmp_path / "out").denoiser.network
+    assert loaded.dtype == torch.float32
+    x, t, labels = torch.randn(2, 3, 8, 8), torch.tensor([0.1, -1.0]), torch.tensor([0, 3])
+    torch.testing.assert_close(loaded(x, t, labels).sample, net(x, t, labels).sample, rtol=0, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "flags", [{"use_new_attention_order": True, "noise_schedule": "cosine"}, {"num_heads": 4}, {}]
+)
+def test_guided_diffusion(flags, tmp_path):
+    """Weights that are renamed back give the network of EDM's names."""
+    heads = flags.get("num_heads")
+    net, weights = network(OURS_ADM | {"out_channels": 6, "num_attention_heads": heads})
+    state = {k.removeprefix("model."): v for k, v in weights.items()}
+    guided = to_guided(state, heads, flags.get("use_new_attention_order"))
+    # renaming is a bijection: back again gives the same tensors
+    settings = dict(net.config)
+    back = guided_to_edm(settings, guided, bool(flags.get("use_new_attention_order")))
+    assert back.keys() == state.keys() and all(torch.equal(back[k], state[k]) for k in state)
+    torch.save(guided, tmp_path / "tiny.pt")
+    config = flags | {"image_size": 8, "attention_resolutions": "4"}
+    convert(tmp_path / "tiny.pt", tmp_path / "out", config=config)
+    teacher = Teacher.from_pretrained(tmp_path / "out")
+    loaded = teacher.denoiser.network
+    assert isinstance(loaded, EDMUNet2DModel if heads else UNet2DModel)
+    x, t, labels = torch.randn(2, 3, 8, 8), torch.tensor([10, 500]), torch.tensor([0, 3])
+    torch.testing.assert_close(loaded(x, t, labels).sample, net(x, t, labels).sample, rtol=1e-4, atol=1e-4)
+    assert teacher.scheduler.config.beta_schedule == ("squaredcos_cap_v2" if len(flags) == 2 else "linear")
+    with pytest.raises(ValueError, match="`config` must be given for a network of 128 channels"):
+        convert(tmp_path / "tiny.pt", tmp_path / "other")
+
+
+def to_guided(state, heads, new_order):
+    """EDM's names to guided-diffusion's, for one block per level and two levels."""
+    blocks = {"enc.8x8_conv": "input_blocks.0.0", "enc.8x8_block0": "input_blocks.1", "enc.4x4_down": "input_blocks.2"}
+    blocks |= {"enc.4x4_block0": "input_blocks.3", "dec.4x4_in0": "middle_block", "dec.4x4_in1": "middle_block.2"}
+    blocks |= {
+        "dec.4x4_block0": "output_blocks.0",
+        "dec.4x4_block1": "output_blocks.1",
+        "dec.8x8_up": "output_blocks.1.2",
+    }
+    blocks |= {"dec.8x8_block0": "output_blocks.2", "dec.8x8_block1": "output_blocks.3"}
+    outer = {"map_layer0": "time_embed.0", "map_layer1": "time_embed.2", "out_norm": "out.0", "out_conv": "out.2"}
+    outer["enc.8x8_conv"] = "input_blocks.0.0"
+    res = {"norm0": "in_layers.0", "conv0": "in_layers.2", "affine": "emb_layers.1", "norm1": "out_layers.0"}
+    res |= {"conv1": "out_layers.3", "skip": "skip_connection"}
+    guided = {}
+    for key, value in state.items():
+        name, _, kind = key.rpartition(".")
+        if name == "map_label":
+            guided["label_emb.weight"] = value.T.contiguous()
+        elif name in outer:
+            guided[f"{outer[name]}.{kind}"] = value
+        else:
+            block, _, part = name.rpartition(".")
+            place = blocks[block]
+            if part in res:
+                number = "" if place.count(".") > 1 or place == "middle_block.2" else ".0"
+                guided[f"{place}{number}.{res[part]}.{kind}"] = value
+                continue
+            if part == "qkv":
+                width = len(value) // 3
+                h = heads or width // 64
+                rows = value.reshape(h, -1, 3, *value.shape[1:])
+                order = (2, 0, 1) if new_order else (0, 2, 1)
+                value = rows.permute(*order, *range(3, rows.ndim)).reshape(value.shape)
+            if part != "norm2" and kind == "weight":
+                value = value.reshape(*value.shape[:2], 1)
+            named = {"norm2": "norm", "qkv": "qkv", "proj": "proj_out"}[part]
+            guided[f"{place}.1.{named}.{kind}"] = value
+    return guided
+
+
+def test_stock_names_are_complete():
+    with torch.device("meta"):
+        ours = EDMUNet2DModel(
+            sample_size=64,
+            architecture="adm",
+            model_channels=192,
+            channel_mult=(1, 2, 3, 4),
+            layers_per_block=3,
+            attention_resolutions=(32, 16, 8),
+            num_class_embeds=1000,
+        )
+        renamed = adm_to_stock(ours.config, ours.state_dict())
+    from diffusers_onestep.conversion import stock_settings
+
+    with torch.device("meta"):
+        stock = UNet2DModel(**stock_settings(ours.config)).state_dict()
+    assert {k: v.shape for k, v in renamed.items()} == {k: v.shape for k, v in stock.items()}
+
+
+@pytest.mark.parametrize(
+    "name, steps", [("dmd2_sdxl_1step_unet.bin", [399]), ("dmd2_sdxl_4step_unet.bin", [999, 749, 499, 249])]
+)
+def test_text_student(name, steps, tmp_path):
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        DiffusionPipeline,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    unet = UNet2DConditionModel(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        sample_size=8,
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        attention_head_dim=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, sample_size=8)
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=4,
+            hidden_size=8,
+            intermediate_size=8,
+            num_attention_heads=2,
+            num_hidden_layers=1,
+            bos_token_id=2,
+            eos_token_id=3,
+            pad_token_id=3,
+        )
+    )
+    vocabulary = {t: i for i, t in enumerate(["a", "a</w>", "<|startoftext|>", "<|endoftext|>"])}
+    base = StableDiffusionPipeline(
+        vae=vae,
+        unet=unet,
+        text_encoder=text,
+        tokenizer=CLIPTokenizer(vocab=vocabulary, merges=[]),
+        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    base.save_pretrained(tmp_path / "base")
+    state = {k: torch.randn_like(v) for k, v in unet.state_dict().items()}
+    torch.save({k: v.half() for k, v in state.items()}, tmp_path / name)
+    with pytest.raises(ValueError, match="`base` must be the pipeline"):
+        convert(tmp_path / name, tmp_path / "out")
+    convert(tmp_path / name, tmp_path / "out", base=tmp_path / "base")
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded.unet.state_dict()["conv_in.weight"], state["conv_in.weight"].half().float())
+    loaded.scheduler.set_timesteps(len(steps))
+    assert loaded.scheduler.timesteps.tolist() == steps
+    assert loaded.scheduler.init_noise_sigma == 1.0
+
+
+@pytest.mark.skipif(not NETWORKS, reason="no golden values here")
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.no_grad()
+def test_golden_networks_through_their_files(name, tmp_path):
+    case = json.loads((GOLDEN / f"{name}.json").read_text())
+    state, io_ = load_file(GOLDEN / f"{name}.safetensors"), load_file(GOLDEN / f"{name}.io.safetensors")
+    file = write_pickle(tmp_path / "a.pkl", case["wrapper"], case["config"], state, loss_fn=None)
+    convert(file, tmp_path / "out")
+    teacher = Teacher.from_pretrained(tmp_path / "out")
+    network = teacher.denoiser.network.double()
+    schedule = EDMSchedule(preconditioning=EDM_WRAPPERS.get(case["wrapper"], "edm"))
+    sigma = io_["sigma"].double().reshape(-1, 1, 1, 1)
+    cond = {k: io_[k].double() for k in ("class_labels", "augment_labels") if k in io_}
+    if isinstance(network, UNet2DModel) and cond:
+        cond = {"class_labels": cond["class_labels"].argmax(1)}
+    output = network(schedule.c_in(sigma) * io_["x"].double(), io_["c_noise"], **cond).sample
+    expected = io_["F_float64"]
+    assert ((output[:, : expected.shape[1]] - expected).norm() / expected.norm()).item() < 1e-9
+
+
+# files that mean harm
+
+
+class Reduces:
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def hostile_files(folder):
+    """Name and bytes of files that must be refused, and the words of the refusal."""
+    mark = folder / "was-run"
+    dump = pickle.dumps
+    with original_modules():
+        good = dump({"ema": module("EDMPrecond", {"a": torch.zeros(2)}, {})}, protocol=4)
+    torch_file = io.BytesIO()
+    torch.save({"a": Reduces(os.system, f"touch {mark}")}, torch_file)
+    legacy = io.BytesIO()
+    torch.save({"a": Reduces(os.system, f"touch {mark}")}, legacy, _use_new_zipfile_serialization=False)
+    inner = dump(Reduces(os.system, f"touch {mark}"))
+    with original_modules():
+        nested = dump({"ema": Reduces(torch.storage._load_from_bytes, inner)})
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", dump({}))
+        archive.writestr("a/data/0", bytes(50_000_000))
+    big = b"\x80\x04"  # protocol 4
+    yield "os.system", dump(Reduces(os.system, f"touch {mark}")), "posix.system"
+    yield "eval", dump(Reduces(eval, f"open({str(mark)!r}, 'w')")), "builtins.eval"
+    yield "import", dump(Reduces(__import__, "antigravity")), "builtins.__import__"
+    yield "getattr of a module", b"cos\nsystem\n(S'touch'\ntR.", "os.system"
+    yield "dotted", b"\x80\x04\x8c\x0bcollections\x8c\x18OrderedDict.__init__.x.y\x93.", "OrderedDict.__init__"
+    yield "instance opcode", b"(S'touch x'\nios\nsystem\n.", "opcode"
+    yield "extension registry", b"\x80\x02\x82\x01.", "opcode"
+    yield "bytearray of 2**50", big + b"\x96" + struct.pack("<Q", 1 << 50) + b".", "opcode"
+    yield "bytes of 2**50", big + b"\x8e" + struct.pack("<Q", 1 << 50) + b".", "no readable checkpoint"
+    yield "text of 2**50", big + b"\x8d" + struct.pack("<Q", 1 << 50) + b".", "no readable checkpoint"
+    yield "frame of 2**60", big + b"\x95" + struct.pack("<Q", 1 << 60) + b".", "no readable checkpoint"
+    yield "memo at 2**32", big + b"Nr" + b"\xff\xff\xff\xff" + b".", "none of the kinds"
+    yield "persistent id", b"\x80\x02(S'storage'\ntQ.", "persistent object"
+    yield "torch zip", torch_file.getvalue(), "posix.system"
+    yield "torch legacy", legacy.getvalue(), "posix.system"
+    yield "nested pickle", nested, "posix.system"
+    yield "zip bomb", bomb.getvalue(), "unpacks to"
+    yield "truncated", good[: len(good) // 2], "no readable checkpoint"
+    yield "truncated zip", torch_file.getvalue()[:-100], "no readable checkpoint"
+    yield "no pickle", b"<html>404</html>", "no readable checkpoint"
+    yield "empty", b"", "no readable checkpoint"
+    yield "state of a class", b"\x80\x02cnumpy\ndtype\n}X\x08\x00\x00\x00__init__Nsb.", "sets the state"
+    yield "an innocent list", dump([1, 2, 3]), "none of the kinds"
+    tower = b"".join([big, b")", *[b"\x94h" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(60)]])
+    yield "tower of tuples as a key", tower + b"}\x85.", "none of the kinds|no readable|refused"
+
+
+HOSTILE = [name for name, _, _ in hostile_files(__import__("pathlib").Path("/nonexistent"))]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_are_refused_and_leave_no_trace(name, tmp_path):
+    data, words = next((data, words) for n, data, words in hostile_files(tmp_path) if n == name)
+    (tmp_path / "file.pkl").write_bytes(data)
+    with pytest.raises(ValueError, match=words):
+        convert(tmp_path / "file.pkl", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["file.pkl"]
+
+
+def test_the_source_text_of_a_file_is_never_run(tmp_path):
+    mark = tmp_path / "was-run"
+    _, weights = network(SONG)
+    source = f"open({str(mark)!r}, 'w').close()\n{SOURCE}"
+    options = DDPMPP | {"augment_dim": 0}
+    convert(write_pickle(tmp_path / "edm-a.pkl", "EDMPrecond", options, weights, source), tmp_path / "out")
+    assert not mark.exists() and (tmp_path / "out" / "model_index.json").is_file()
+
+
+def raw_tensor(size, stride, count=4):
+    """A pickle of one tensor that claims `size` and `stride` over a storage of `count` floats."""
+    storage = torch.zeros(count).storage()
+    return Reduces(torch._utils._rebuild_tensor_v2, storage, 0, size, stride, False, OrderedDict())
+
+
+@pytest.mark.parametrize(
+    "size, stride",
+    [((1 << 40,), (0,)), ((1 << 40,), (1,)), ((5,), (1,)), ((2, 2), (4, 1)), ((2,), (-1,)), ((-2,), (1,))],
+)
+def test_tensors_are_no_larger_than_the_file(size, stride, tmp_path):
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"a": raw_tensor(size, stride)}))
+    with pytest.raises(UnsafeCheckpointError, match="larger than its storage"):
+        read_checkpoint(tmp_path / "a.pkl")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"img_resolution": 1 << 30}, "unusable sizes|does not fit"),
+        ({"num_blocks": 10**9}, "does not fit its config|unusable sizes"),
+        ({"channel_mult": [1] * 10**6}, "option|does not fit"),
+        ({"model_channels": 10**7}, "unusable sizes"),
+        ({"model_channels": 32}, "'map_label.weight' must be"),
+        ({"label_dim": 5}, "'map_label.weight' must be"),
+        ({"resample_filter": [1, 3, 3, 1]}, "is not the filter|does not fit"),
+        ({"secret": 1}, "options that no network of EDM knows: .'secret'."),
+        ({"model_type": "VisionTransformer"}, "`model_type` must be"),
+    ],
+)
+def test_options_that_do_not_fit_the_file(change, message, tmp_path):
+    _, weights = network(SONG | {"augment_dim": 9})
+    weights["model.enc.4x4_down.conv0.resample_filter"] = torch.full((1, 1, 2, 2), 0.25)
+    file = write_pickle(tmp_path / "edm-a.pkl", "EDMPrecond", DDPMPP | change, weights)
+    with pytest.raises(ValueError, match=message):
+        convert(file, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["edm-a.pkl"]
+
+
+def test_what_cannot_be_told_is_asked_for(song, tmp_path):
+    _, file = song
+    with pytest.raises(ValueError, match="`out` must not exist"):
+        convert(file, tmp_path)
+    with pytest.raises(ValueError, match="`kind` must be 'auto' or one of"):
+        convert(file, tmp_path / "out", kind="gan")
+    with pytest.raises(ValueError, match="does not exist"):
+        convert(tmp_path / "none.pkl", tmp_path / "out")
+    _, weights = network(SONG)
+    lone = write_pickle(tmp_path / "network.pkl", "EDMPrecond", DDPMPP | {"augment_dim": 0}, weights)
+    with pytest.raises(ValueError, match=r"`kind` must be given .* 'edm' for a teacher, 'sid' for a one-step student"):
+        convert(lone, tmp_path / "out")
+    torch.save({"fake_unet.model.a": torch.zeros(1)}, tmp_path / "critic.bin")
+    with pytest.raises(ValueError, match="critic of a DMD2 run"):
+        convert(tmp_path / "critic.bin", tmp_path / "out")
+
+
+def test_legacy_files_of_torch(tmp_path):
+    state = {"a": torch.randn(3, 2), "b": torch.randn(4).half(), "c": torch.arange(3)}
+    state["view"] = state["a"].T
+    for new in (True, False):
+        torch.save(state, tmp_path / "a.pt", _use_new_zipfile_serialization=new)
+        read = read_checkpoint(tmp_path / "a.pt")
+        assert all(torch.equal(read[k], v) and read[k].dtype == v.dtype for k, v in state.items())
