@@ -1,5 +1,6 @@
 """How a teacher is made: denoising score matching in the network's own prediction space (Ho et al. 2020, Eq. 14), at
-uniform timesteps or, for EDM, at its noise levels (Karras et al. 2022, Eq. 8); and before it, for latent models, an autoencoder (Rombach et al. 2022)."""
+uniform timesteps or, for EDM, at its noise levels (Karras et al. 2022, Eq. 8); and before it, for latent models, an
+autoencoder (Rombach et al. 2022)."""
 
 import torch
 from diffusers import AutoencoderKL
