@@ -2,8 +2,8 @@
 
 accelerate launch training/train_teacher.py --recipe fashion32 --dataset fashion32.npz --output_dir fashion32
 
-`--recipe fashion-edm` is the same network with EDM's preconditioning, noise levels and sampler. The recipe `emoji-sd`, a
-small Stable Diffusion, has flags of its own and a module of its own, `emoji_sd.py`.
+`--recipe fashion-edm` is the same network with EDM's preconditioning, noise levels and sampler. The recipe `emoji-sd`,
+a small Stable Diffusion, has flags of its own and a module of its own, `emoji_sd.py`.
 """
 
 import argparse
