@@ -118,6 +118,8 @@ def convert(
     content = read_checkpoint(file)
     if kind == "auto":
         kind = kind_of(content, file)
+    if not isinstance(content, dict):
+        raise ValueError(f"`file` {str(file)!r} must hold a dict, but holds a {type(content).__name__}.")
     config = dict(config or {})
     if kind == "dmd2" and "conv_in.weight" in content:
         pipeline, notes = text_student(content, file, base, student_timesteps), []
@@ -131,7 +133,10 @@ def convert(
             "guided-diffusion": guided_diffusion_network,
             "dmd2": dmd2_imagenet_network,
         }
-        converted = read[kind](content, config)
+        try:
+            converted = read[kind](content, config)
+        except (TypeError, KeyError, IndexError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+            raise ValueError(f"`file` {str(file)!r} holds no network of the kind {kind!r}: {error}.") from error
         pipeline, notes = pipeline_of(converted, kind), converted.notes
     beside = out.with_name(f".{out.name}.writing")
     shutil.rmtree(beside, ignore_errors=True)

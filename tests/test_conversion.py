@@ -473,6 +473,9 @@ def test_what_cannot_be_told_is_asked_for(song, tmp_path):
     _, file = song
     with pytest.raises(ValueError, match="`out` must not exist"):
         convert(file, tmp_path)
+    for kind in ("edm2", "guided-diffusion", "dmd2"):
+        with pytest.raises(ValueError, match="`file`"):
+            convert(file, tmp_path / "out", kind=kind)
     with pytest.raises(ValueError, match="`kind` must be 'auto' or one of"):
         convert(file, tmp_path / "out", kind="gan")
     with pytest.raises(ValueError, match="does not exist"):

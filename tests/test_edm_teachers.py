@@ -177,10 +177,10 @@ def test_distilled_solvers_and_the_reference(teacher_folder):
     noise = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     cond = {"class_labels": torch.tensor([0, 1, 2, 0])}
     assert isinstance(teacher.reference_scheduler, EDMHeunScheduler)
-    samples = teacher.sample(noise, cond, num_inference_steps=10)
+    samples = teacher.sample(noise, cond, num_inference_steps=18)
     fine = teacher.sample(noise, cond, num_inference_steps=40)
-    euler = teacher.sample(noise, cond, num_inference_steps=10, scheduler=teacher.scheduler)
-    assert (samples - fine).norm() < 0.5 * (euler - fine).norm()
+    euler = teacher.sample(noise, cond, num_inference_steps=18, scheduler=teacher.scheduler)
+    assert (samples - fine).norm() < 0.7 * (euler - fine).norm()
     for solver in ("edm-euler", "edm-dpmsolver++"):
         scheduler = solver_for(solver, teacher.scheduler)
         scheduler.set_timesteps(5)

@@ -225,6 +225,11 @@ class OneStepPipeline(DiffusionPipeline):
         self.check_inputs(
             num_images, num_inference_steps, guidance_scale, generator, latents, callback_on_step_end_tensor_inputs
         )
+        if self.sample_shape[0] not in (1, 3) and output_type != "latent":
+            raise ValueError(
+                f"`output_type` must be 'latent' for a student of {self.sample_shape[0]} channels, whose samples are "
+                f"no pixels, but is {output_type!r}."
+            )
         device = self._execution_device
 
         # 2. Prepare timesteps
