@@ -120,6 +120,10 @@ def convert(
         kind = kind_of(content, file)
     if not isinstance(content, dict):
         raise ValueError(f"`file` {str(file)!r} must hold a dict, but holds a {type(content).__name__}.")
+    wrappers = {"edm": tuple(EDM_WRAPPERS), "edm2": ("Precond",), "sid": ("EDMPrecond", "Precond", *STUDENT_WRAPPERS)}
+    name = getattr(content.get("ema"), "class_name", None)
+    if kind in wrappers and name not in wrappers[kind]:
+        raise ValueError(f"`file` of the kind {kind!r} must hold one of {wrappers[kind]}, but holds {name!r}.")
     config = dict(config or {})
     if kind == "dmd2" and "conv_in.weight" in content:
         pipeline, notes = text_student(content, file, base, student_timesteps), []
