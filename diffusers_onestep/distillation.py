@@ -1,19 +1,23 @@
 """What the distillation scripts share: their flags, and the step from a trained network to a student's repository."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator, PartialState
+from diffusers import DiffusionPipeline
 
 from .arguments import TrainArguments
-from .denoiser import Denoiser
-from .evaluation import comparison_grid, evaluate
+from .data import Batches, Conditions, Samples
+from .denoiser import Denoiser, GuidedDenoiser
+from .evaluation import Sampler, comparison_grid, evaluate
 from .features import FashionCNN
-from .methods.base import Batch, Distiller, OneStepDistiller
+from .methods.base import Distiller, OneStepDistiller
 from .methods.dkdm import DKDM
-from .pipelines import OneStepPipeline
-from .repository import write_repository
+from .prompts import DEFAULT_CACHE, CaptionedLatents, PromptEmbeddings, captions_of, column_of, load_rows, read_prompts
+from .repository import keep_parts, write_repository
 from .sampling import sample
 from .teacher import Teacher
 from .trainer import train
@@ -27,12 +31,66 @@ class TeacherArguments(TrainArguments):
     revision: str | None = field(default=None, metadata={"help": "Of the teacher's repository."})
     variant: str | None = field(default=None, metadata={"help": "Of the teacher's weights, such as fp16."})
     guidance_scale: float = field(default=1.0, metadata={"help": "Of the teacher; the student bakes it in."})
+    prompts: str | None = field(default=None, metadata={"help": "Text-to-image: a file of prompts, one a line."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Text-to-image: a data set of captions (and images), instead of `prompts`."}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Of `dataset_name`."})
+    caption_column: str | None = field(default=None, metadata={"help": "Default: text, caption or the only one."})
+    image_column: str | None = field(default=None, metadata={"help": "Default: image or the only one."})
+    resolution: int | None = field(
+        default=None, metadata={"help": "Text-to-image: height and width in pixels. Default: the teacher's."}
+    )
+    embedded_guidance: float = field(default=3.5, metadata={"help": "What FLUX.1-dev's guidance embedding is fed."})
+    cache_dir: str = field(default=DEFAULT_CACHE, metadata={"help": "Of text embeddings and latents."})
+    encoding_batch_size: int = field(default=16, metadata={"help": "Prompts or images encoded at a time."})
 
     def load_teacher(self) -> Teacher:
         """The frozen teacher."""
-        teacher = Teacher.from_pretrained(self.pretrained_teacher_model, revision=self.revision, variant=self.variant)
-        teacher.check_distillable()
-        return teacher
+        return Teacher.from_pretrained(
+            self.pretrained_teacher_model,
+            revision=self.revision,
+            variant=self.variant,
+            resolution=self.resolution,
+            embedded_guidance=self.embedded_guidance,
+        )
+
+    def guided(self, teacher: Teacher) -> Teacher | GuidedDenoiser:
+        """The teacher with `guidance_scale`."""
+        return teacher if self.guidance_scale == 1.0 else teacher.guided(self.guidance_scale)
+
+    def load_conditions(self, teacher: Teacher, images: bool = False) -> Samples:
+        """What the teacher is conditioned on: its labels, or the prompts of `prompts` or `dataset_name`, with real
+        `images` if asked for. The text encoders, which are not needed after that, are saved to the output folder and
+        freed."""
+        given = [name for name in ("prompts", "dataset_name") if getattr(self, name) is not None]
+        if not teacher.takes_prompts:
+            if given:
+                raise ValueError(f"`{given[0]}` must be None for a teacher that takes no prompts.")
+            return Conditions(teacher.encode())
+        if len(given) != 1:
+            raise ValueError(
+                "One of `prompts` and `dataset_name` must be given for a text-to-image teacher, but they are "
+                f"{self.prompts!r} and {self.dataset_name!r}."
+            )
+        if images and self.dataset_name is None:
+            raise ValueError("`dataset_name` must be given where real images are needed, but is None.")
+        how = {"cache_dir": self.cache_dir, "batch_size": self.encoding_batch_size, "device": Accelerator().device}
+        if self.prompts is not None:
+            samples = PromptEmbeddings(teacher, read_prompts(self.prompts), **how)
+        else:
+            rows = load_rows(self.dataset_name, self.dataset_split)
+            captions = column_of(rows, self.caption_column, "caption_column", "string", ("text", "caption", "prompt"))
+            if images:
+                pictures = column_of(rows, self.image_column, "image_column", "image", ("image",))
+                samples = CaptionedLatents(teacher, rows, pictures, captions, **how)
+            else:
+                samples = PromptEmbeddings(teacher, captions_of(rows, captions), **how)
+        if PartialState().is_main_process:
+            keep_parts(teacher.pipeline, Path(self.output_dir), teacher.text_encoders())
+        PartialState().wait_for_everyone()
+        teacher.free_text_encoders()
+        return samples
 
 
 @dataclass
@@ -59,28 +117,32 @@ class DistillationArguments(StudentArguments):
     fake_score_updates: int = field(default=1, metadata={"help": "Fake-score updates per student update."})
 
 
-def train_student(
-    distiller: OneStepDistiller, batches: Iterable[Batch], args: StudentArguments, teacher: Teacher
-) -> None:
+def train_student(distiller: OneStepDistiller, batches: Batches, args: StudentArguments, teacher: Teacher) -> None:
     """`train()`, saving the student as a repository of `teacher`'s kind and, beside it, a picture of both."""
-    save, validate = student_hooks(distiller, args, teacher)
+    save, validate = student_hooks(distiller, args, teacher, batches.samples)
     train(distiller, batches, args, save=save, validate=validate)
 
 
 def student_hooks(
-    distiller: OneStepDistiller, args: TrainArguments, teacher: Teacher | None = None
+    distiller: OneStepDistiller,
+    args: TrainArguments,
+    teacher: Teacher | None = None,
+    samples: Samples | None = None,
 ) -> tuple[Callable[[Path], None] | None, Callable[[Path], dict[str, float]] | None]:
-    """How `train()` saves and shows a student; two times None if it was not made from a `Teacher`."""
+    """How `train()` saves and shows a student; two times None if it was not made from a `Teacher`. The picture of a
+    text-to-image student is of the first `samples`' prompts."""
     teacher = teacher or distiller.origin
     if not isinstance(teacher, Teacher):
         return None, None
     network = distiller.student.network
 
-    def pipeline() -> OneStepPipeline:
+    def pipeline() -> DiffusionPipeline:
         return teacher.student_pipeline(network, **distiller.student_settings)
 
+    pipeline()  # a start that it can not make is an error now, not after the training
+
     def save(folder: Path) -> None:
-        write_repository(pipeline(), folder)
+        save_student(pipeline(), folder, teacher, args)
 
     def validate(folder: Path) -> dict[str, float]:
         device = next(network.parameters()).device
@@ -89,7 +151,7 @@ def student_hooks(
         def sample(noise, cond):
             return distiller.sample(noise.to(device), {k: v.to(device) for k, v in cond.items()}, generator)
 
-        comparison_grid(teacher, sample, folder / "samples.png", seed=args.seed)
+        show(teacher, sample, folder, args, samples)
         if not args.validation_samples or teacher.sample_shape != FashionCNN.input_shape:
             return {}
         # other noises than those of the evaluation that is reported
@@ -99,23 +161,48 @@ def student_hooks(
     return save, validate
 
 
+def save_student(pipeline: DiffusionPipeline, folder: Path, teacher: Teacher, args: TrainArguments) -> None:
+    """Write a student's repository; of a text-to-image one the frozen parts only the first time."""
+    if teacher.takes_prompts:
+        write_repository(pipeline, folder, (teacher.network_name, "scheduler"), frozen=Path(args.output_dir))
+    else:
+        write_repository(pipeline, folder)
+
+
+def show(
+    teacher: Teacher, sampler: Sampler, folder: Path, args: TrainArguments, samples: Samples | None, **settings: Any
+) -> None:
+    """Write `samples.png`, teacher above student."""
+    if not teacher.takes_prompts:
+        comparison_grid(teacher, sampler, folder / "samples.png", seed=args.seed, **settings)
+    elif samples is not None:
+        columns = min(4, len(samples))
+        cond = samples.batch(list(range(columns)))["cond"]
+        settings |= {"columns": columns, "cond": cond, "guidance_scale": getattr(args, "guidance_scale", 1.0)}
+        comparison_grid(teacher, sampler, folder / "samples.png", seed=args.seed, **settings)
+
+
 def compression_hooks(
-    distiller: DKDM, args: TrainArguments, num_inference_steps: int = 20
+    distiller: DKDM,
+    args: TrainArguments,
+    num_inference_steps: int = 20,
+    teacher: Teacher | None = None,
+    samples: Samples | None = None,
 ) -> tuple[Callable[[Path], None] | None, Callable[[Path], dict[str, float]] | None]:
     """How `train()` saves and shows a compressed model; two times None if it was not made from a `Teacher`."""
-    teacher = distiller.origin
+    teacher = teacher or distiller.origin
     if not isinstance(teacher, Teacher):
         return None, None
     student = distiller.student
 
     def save(folder: Path) -> None:
-        write_repository(teacher.compressed_pipeline(student.network), folder)
+        save_student(teacher.compressed_pipeline(student.network), folder, teacher, args)
 
     def validate(folder: Path) -> dict[str, float]:
         def run(noise, cond):
             return sample(student, teacher.scheduler, noise, cond, num_inference_steps=num_inference_steps)
 
-        comparison_grid(teacher, run, folder / "samples.png", seed=args.seed, num_inference_steps=num_inference_steps)
+        show(teacher, run, folder, args, samples, num_inference_steps=num_inference_steps)
         if not args.validation_samples or teacher.sample_shape != FashionCNN.input_shape:
             return {}
         row = evaluate(

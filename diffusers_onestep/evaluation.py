@@ -139,14 +139,25 @@ def markdown_table(rows: list[Metrics]) -> str:
 
 
 def comparison_grid(
-    teacher: Teacher, student: Sampler, path: Path, *, columns: int = 10, seed: int = 0, num_inference_steps: int = 50
+    teacher: Teacher,
+    student: Sampler,
+    path: Path,
+    *,
+    columns: int = 10,
+    seed: int = 0,
+    num_inference_steps: int = 50,
+    cond: dict[str, torch.Tensor] | None = None,
+    guidance_scale: float = 1.0,
 ) -> None:
-    """A picture of teacher (upper row of each pair) and student (lower) on the same noises and labels."""
-    noise, cond = noises_and_labels(teacher.sample_shape, teacher.num_labels, 2 * columns, seed)
-    above = picture(teacher.sample(noise, cond, num_inference_steps=num_inference_steps))
-    below = picture(student(noise, cond))
+    """A picture of teacher (upper row of each pair) and student (lower) on the same noises and labels, or on `cond`,
+    with `guidance_scale` for the teacher."""
+    count = len(next(iter(cond.values()))) if cond else 2 * columns
+    noise, labels = noises_and_labels(teacher.sample_shape, teacher.num_labels, count, seed)
+    cond = cond or labels
+    steps = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    above, below = (picture(teacher.decode(x0)) for x0 in (teacher.sample(noise, cond, **steps), student(noise, cond)))
     rows = [part for pair in zip(above.split(columns), below.split(columns), strict=True) for part in pair]
-    save_grid(torch.cat(rows), path, columns)
+    save_grid(torch.cat(rows), path, columns, scale=2 if noise.shape[-1] == above.shape[-1] else 1)
 
 
 def write_metrics(path: Path, rows: list[Metrics], *, command: str) -> None:

@@ -3,9 +3,12 @@
 import json
 import os
 import shutil
+from collections.abc import Container, Iterable
 from pathlib import Path
+from typing import Any
 
 from diffusers import DiffusionPipeline
+from torch import nn
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -30,24 +33,69 @@ def resolve_model(path_or_id: str | os.PathLike) -> str:
     return str(path_or_id)
 
 
-def write_repository(pipeline: DiffusionPipeline, folder: Path) -> None:
+def write_repository(
+    pipeline: DiffusionPipeline, folder: Path, changed: Container[str] | None = None, frozen: Path | None = None
+) -> None:
     """Save a pipeline file by file, `model_index.json` last: a reader finds the old state, the new one, or, the first
     time, none.
 
     Args:
         pipeline (`DiffusionPipeline`): what to save, as safetensors.
         folder (`Path`): an existing or new folder; other files in it are left alone.
+        changed (names, *optional*): the parts to write anew; others are written only if `folder` lacks them.
+        frozen (`Path`, *optional*): a folder that holds the parts whose weights have been freed.
     """
     folder = Path(folder)
     beside = folder / ".student.writing"
     shutil.rmtree(beside, ignore_errors=True)
-    pipeline.save_pretrained(beside, safe_serialization=True)
+    if changed is None:
+        pipeline.save_pretrained(beside, safe_serialization=True)
+    else:
+        missing = [k for k in pipeline.components if k in changed or not (folder / k).is_dir()]
+        freed = [k for k in missing if is_freed(pipeline.components[k])]
+        for name in freed:  # they are copied from where they have been kept
+            shutil.copytree(Path(frozen or folder) / name, beside / name, copy_function=_link)
+        write_parts(pipeline, beside, [k for k in missing if k not in freed])
+        pipeline.save_config(beside)
+    _move(beside, folder)
+
+
+def is_freed(part: Any) -> bool:
+    """Whether a part of a pipeline has given up its weights."""
+    return isinstance(part, nn.Module) and any(p.device.type == "meta" for p in part.parameters())
+
+
+def keep_parts(pipeline: DiffusionPipeline, folder: Path, names: Iterable[str]) -> None:
+    """Save parts of a pipeline into `folder`, each complete or as it was, for their weights to be freed."""
+    beside = Path(folder) / ".parts.writing"
+    shutil.rmtree(beside, ignore_errors=True)
+    write_parts(pipeline, beside, names)
+    _move(beside, Path(folder))
+
+
+def write_parts(pipeline: DiffusionPipeline, folder: Path, names: Iterable[str]) -> None:
+    """Save parts of a pipeline as `save_pretrained` of the whole does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        part = pipeline.components[name]
+        if hasattr(part, "save_pretrained"):
+            part.save_pretrained(folder / name)
+
+
+def _move(beside: Path, folder: Path) -> None:
     files = sorted((f for f in beside.rglob("*") if f.is_file()), key=lambda f: f.name == "model_index.json")
     for file in files:
         target = folder / file.relative_to(beside)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(file, target)
     shutil.rmtree(beside)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # not on every file system
+        shutil.copy2(source, target)
 
 
 def write_json(path: Path, content: dict) -> None:

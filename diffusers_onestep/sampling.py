@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from .denoiser import Cond, Denoiser, GuidedDenoiser
 
@@ -26,8 +28,16 @@ def sample(
         scheduler = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
     device = next(denoiser.network.parameters()).device
     noise, cond = noise.to(device), {k: v.to(device) for k, v in (cond or {}).items()}
-    scheduler.set_timesteps(num_inference_steps, device=device)
-    x = noise * scheduler.init_noise_sigma
+    if scheduler.config.get("use_dynamic_shifting"):
+        # as FLUX.1's pipeline has it: the shift grows with the number of tokens, of 2 x 2 latents each
+        tokens = noise.shape[-2] * noise.shape[-1] // 4
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        mu = calculate_shift(tokens, *(scheduler.config[name] for name in names))
+        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+        scheduler.set_timesteps(sigmas=sigmas, mu=mu, device=device)
+    else:
+        scheduler.set_timesteps(num_inference_steps, device=device)
+    x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
     for t in scheduler.timesteps:
         output = denoiser.call_network(scheduler.scale_model_input(x, t), t, cond)
         x = scheduler.step(output, t, x).prev_sample

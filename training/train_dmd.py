@@ -13,7 +13,7 @@ from accelerate.utils import set_seed
 
 from diffusers_onestep import DMD
 from diffusers_onestep.arguments import parse_args
-from diffusers_onestep.data import Batches, Conditions, load_images, load_pairs
+from diffusers_onestep.data import Batches, load_images, load_pairs
 from diffusers_onestep.distillation import DistillationArguments, train_student
 from diffusers_onestep.presets import DMD_PRESETS
 
@@ -43,7 +43,7 @@ def main(args: DMDArguments) -> None:
     set_seed(args.seed)  # the GAN head starts at random
     teacher = args.load_teacher()
     distiller = DMD(
-        teacher.guided(args.guidance_scale),
+        args.guided(teacher),
         start_ratio=args.start_ratio,
         level_ratios=args.level_ratios,
         regression_weight=args.regression_weight,
@@ -53,13 +53,14 @@ def main(args: DMDArguments) -> None:
         fake_score_updates=args.fake_score_updates,
         student=args.load_student(),
         student_timesteps=args.student_timesteps,
+        sample_shape=teacher.sample_shape,
     )
     if args.regression_weight:
         samples = load_pairs(args.pairs)
     elif args.gan_weight:
         samples = load_images(args.dataset)
     else:
-        samples = Conditions(teacher.encode())
+        samples = conditions
     train_student(distiller, Batches(samples, args.train_batch_size, args.seed), args, teacher)
 
 

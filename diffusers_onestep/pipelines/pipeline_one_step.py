@@ -73,10 +73,14 @@ class OneStepPipeline(DiffusionPipeline):
             hub = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
             name = cls.load_config(path, **{k: kwargs[k] for k in hub if k in kwargs}).get("_class_name")
             if name not in PIXEL_PIPELINES:
-                raise ValueError(
-                    f"`pretrained_model_name_or_path` must name a pipeline of {PIXEL_PIPELINES}, "
-                    f"but {path!r} names {name!r}."
-                )
+                from .pipeline_text_to_image import TEXT_TO_IMAGE_PIPELINES
+
+                if name not in TEXT_TO_IMAGE_PIPELINES:
+                    raise ValueError(
+                        "`pretrained_model_name_or_path` must name a pipeline of "
+                        f"{(*PIXEL_PIPELINES, *TEXT_TO_IMAGE_PIPELINES)}, but {path!r} names {name!r}."
+                    )
+                return TEXT_TO_IMAGE_PIPELINES[name].from_pretrained(path, **kwargs)
         return super().from_pretrained(path, **kwargs)
 
     def to_json_string(self) -> str:
