@@ -10,13 +10,23 @@ from accelerate import Accelerator, PartialState
 from diffusers import DiffusionPipeline
 
 from .arguments import TrainArguments
-from .data import Batches, Conditions, Samples
+from .data import Batches, Conditions, Samples, load_pairs
 from .denoiser import Denoiser, GuidedDenoiser
 from .evaluation import Sampler, comparison_grid, evaluate
 from .features import FashionCNN
 from .methods.base import Distiller, OneStepDistiller
+from .methods.distances import PERCEPTUAL, Decoded
 from .methods.dkdm import DKDM
-from .prompts import DEFAULT_CACHE, CaptionedLatents, PromptEmbeddings, captions_of, column_of, load_rows, read_prompts
+from .prompts import (
+    DEFAULT_CACHE,
+    CaptionedLatents,
+    PromptEmbeddings,
+    PromptPairs,
+    captions_of,
+    column_of,
+    load_rows,
+    read_prompts,
+)
 from .repository import keep_parts, write_repository
 from .sampling import sample
 from .teacher import Teacher
@@ -59,24 +69,28 @@ class TeacherArguments(TrainArguments):
         """The teacher with `guidance_scale`."""
         return teacher if self.guidance_scale == 1.0 else teacher.guided(self.guidance_scale)
 
-    def load_conditions(self, teacher: Teacher, images: bool = False) -> Samples:
-        """What the teacher is conditioned on: its labels, or the prompts of `prompts` or `dataset_name`, with real
-        `images` if asked for. The text encoders, which are not needed after that, are saved to the output folder and
-        freed."""
-        given = [name for name in ("prompts", "dataset_name") if getattr(self, name) is not None]
+    def model_distance(self, teacher: Teacher, name: str, argument: str) -> str | Decoded:
+        """A distance for the teacher's model space: perceptual ones see the images that latents stand for."""
+        return Decoded(name, teacher.decode, argument) if teacher.takes_prompts and name in PERCEPTUAL else name
+
+    def load_samples(self, teacher: Teacher, *, images: bool = False, pairs: str | None = None) -> Samples:
+        """What batches are drawn from: conditions (every label, or the prompts of `prompts` or `dataset_name`), with
+        real `images` of `dataset_name`, or teacher `pairs`. Text encoders, which are not needed after that, are saved
+        to the output folder and freed."""
+        given = {name: getattr(self, name) for name in ("prompts", "dataset_name")} | {"pairs": pairs}
+        given = {name: value for name, value in given.items() if value is not None}
         if not teacher.takes_prompts:
-            if given:
-                raise ValueError(f"`{given[0]}` must be None for a teacher that takes no prompts.")
-            return Conditions(teacher.encode())
-        if len(given) != 1:
-            raise ValueError(
-                "One of `prompts` and `dataset_name` must be given for a text-to-image teacher, but they are "
-                f"{self.prompts!r} and {self.dataset_name!r}."
-            )
-        if images and self.dataset_name is None:
-            raise ValueError("`dataset_name` must be given where real images are needed, but is None.")
+            if wrong := given.keys() - {"pairs"}:
+                raise ValueError(f"`{min(wrong)}` must be None for a teacher that takes no prompts.")
+            return load_pairs(pairs) if pairs else Conditions(teacher.encode())
+        if len(given) != 1 or (images and "dataset_name" not in given):
+            needed = "`dataset_name`" if images else "One of `prompts` and `dataset_name` (or `pairs`)"
+            raise ValueError(f"{needed} must be given for this text-to-image teacher, but given are {given}.")
         how = {"cache_dir": self.cache_dir, "batch_size": self.encoding_batch_size, "device": Accelerator().device}
-        if self.prompts is not None:
+        samples: Samples
+        if pairs is not None:
+            samples = PromptPairs(teacher, load_pairs(pairs).rows, **how)
+        elif self.prompts is not None:
             samples = PromptEmbeddings(teacher, read_prompts(self.prompts), **how)
         else:
             rows = load_rows(self.dataset_name, self.dataset_split)

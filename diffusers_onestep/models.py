@@ -137,7 +137,12 @@ def shrunk(network: nn.Module, factor: float) -> ModelMixin:
         widths = [max(1, round(factor * width / group)) * group for width in config["block_out_channels"]]
         config["block_out_channels"] = widths
     elif "num_attention_heads" in config:
-        config["num_attention_heads"] = max(1, round(factor * config["num_attention_heads"]))
+        heads = config["num_attention_heads"]
+        config["num_attention_heads"] = max(1, round(factor * heads))
+        # what has to be as wide as the transformer itself: SD3's captions, PixArt's and SANA's cross attention
+        for key in ("caption_projection_dim", "cross_attention_dim"):
+            if config.get(key) == heads * config["attention_head_dim"]:
+                config[key] = config["num_attention_heads"] * config["attention_head_dim"]
     else:
         raise ValueError(
             "`shrink` needs a network with `block_out_channels` or `num_attention_heads`, but "

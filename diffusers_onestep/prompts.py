@@ -212,6 +212,28 @@ class CaptionedLatents:
         return self.prompts.batch(places) | {"x0": x0}
 
 
+class PromptPairs:
+    """Teacher pairs `"noise"` and `"target"` with the `cond` of their prompts: a data set for `Batches`.
+
+    Args:
+        teacher (`Teacher`): a text-to-image teacher.
+        rows (`datasets.Dataset`): with the columns `noise`, `target` and `prompt`.
+        settings: as of `PromptEmbeddings`.
+    """
+
+    def __init__(self, teacher: Teacher, rows: Any, **settings: Any):
+        if "prompt" not in rows.column_names:
+            raise ValueError(f"`pairs` must have a column 'prompt' for this teacher, but have {rows.column_names}.")
+        self.prompts = PromptEmbeddings(teacher, rows["prompt"], **settings)
+        self.rows = rows.select_columns(["noise", "target"]).with_format("torch")
+
+    def __len__(self):
+        return len(self.rows)
+
+    def batch(self, places):
+        return self.prompts.batch(places) | self.rows[places]
+
+
 def as_tensor(image: Any, height: int, width: int) -> torch.Tensor:
     """A picture as `(3, height, width)` in [-1, 1], resized and its middle cut out."""
     import numpy as np

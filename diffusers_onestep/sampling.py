@@ -37,9 +37,11 @@ def sample(
         scheduler.set_timesteps(sigmas=sigmas, mu=mu, device=device)
     else:
         scheduler.set_timesteps(num_inference_steps, device=device)
+    # flow schedulers have neither a scale of the noise nor one of the input
     x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+    scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
     for t in scheduler.timesteps:
-        output = denoiser.call_network(scheduler.scale_model_input(x, t), t, cond)
+        output = denoiser.call_network(scale(x, t), t, cond)
         x = scheduler.step(output, t, x).prev_sample
     return x
 

@@ -24,6 +24,7 @@ from diffusers_onestep.arguments import parse_args
 from diffusers_onestep.evaluation import provenance
 from diffusers_onestep.methods.base import normal
 from diffusers_onestep.methods.dode import nested_teacher
+from diffusers_onestep.prompts import read_prompts
 from diffusers_onestep.repository import write_json, write_repository
 from diffusers_onestep.schedulers import SOLVERS, DODESchedulerMixin, distilled_copy, solver_for
 from diffusers_onestep.trainer import sample_generators
@@ -44,6 +45,8 @@ class FitArguments:
     scale: int = field(default=10, metadata={"help": "Teacher's steps per step; paper: 10."})
     directions: int = field(default=1, metadata={"help": "2: an extension that fits two numbers per call."})
     prompts: str | None = field(default=None, metadata={"help": "File of prompts, one a line, taken in turn."})
+    resolution: int | None = field(default=None, metadata={"help": "Of a text-to-image teacher, in pixels."})
+    embedded_guidance: float = field(default=3.5, metadata={"help": "What FLUX.1-dev's guidance embedding is fed."})
     guidance_scale: float = field(default=1.0, metadata={"help": "Exactly as at inference."})
     seed: int = field(default=0, metadata={"help": "Of the noises."})
     mixed_precision: str | None = field(default=None, metadata={"help": "bf16 or fp16: of the network's calls."})
@@ -55,7 +58,12 @@ class FitArguments:
 def main(args: FitArguments) -> None:
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     teacher = Teacher.from_pretrained(
-        args.pretrained_teacher_model, revision=args.revision, variant=args.variant, device=accelerator.device
+        args.pretrained_teacher_model,
+        revision=args.revision,
+        variant=args.variant,
+        device=accelerator.device,
+        resolution=args.resolution,
+        embedded_guidance=args.embedded_guidance,
     )
     teacher.denoiser.autocast_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     settings = {} if args.solver_order is None else {"solver_order": args.solver_order}
@@ -154,10 +162,7 @@ def all_conditions(teacher: Teacher, args: FitArguments) -> dict[str, torch.Tens
         raise ValueError(f"`prompts` must be {needed}, but is {args.prompts!r}.")
     if args.prompts is None:
         return teacher.encode()
-    lines = [line.strip() for line in Path(args.prompts).read_text().splitlines() if line.strip()]
-    if not lines:
-        raise ValueError(f"`prompts` must have one prompt a line, but {args.prompts!r} has none.")
-    lines = lines[: args.num_samples + args.num_holdout_samples]
+    lines = read_prompts(args.prompts)[: args.num_samples + args.num_holdout_samples]
     parts = [teacher.encode(lines[i : i + args.batch_size]) for i in range(0, len(lines), args.batch_size)]
     return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
 

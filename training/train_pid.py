@@ -29,18 +29,18 @@ class PIDArguments(StudentArguments):
 
 def main(args: PIDArguments) -> None:
     teacher = args.load_teacher()
-    conditions = args.load_conditions(teacher)
+    samples = args.load_samples(teacher)
     distiller = PID(
         args.guided(teacher),
         num_points=args.num_points,
         start_ratio=args.start_ratio,
         rule=args.rule,
-        distance=args.distance,
+        distance=args.model_distance(teacher, args.distance, "distance"),
         head=args.head,
         student=args.load_student(),
         sample_shape=teacher.sample_shape,
     )
-    train_student(distiller, Batches(conditions, args.train_batch_size, args.seed), args, teacher)
+    train_student(distiller, Batches(samples, args.train_batch_size, args.seed), args, teacher)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class SiDArguments(DistillationArguments):
 
 def main(args: SiDArguments) -> None:
     teacher = args.load_teacher()
-    conditions = args.load_conditions(teacher)
+    samples = args.load_samples(teacher)
     distiller = SiD(
         args.guided(teacher),
         alpha=args.alpha,
@@ -44,7 +44,7 @@ def main(args: SiDArguments) -> None:
         student_timesteps=args.student_timesteps,
         sample_shape=teacher.sample_shape,
     )
-    train_student(distiller, Batches(conditions, args.train_batch_size, args.seed), args, teacher)
+    train_student(distiller, Batches(samples, args.train_batch_size, args.seed), args, teacher)
 
 
 if __name__ == "__main__":

@@ -271,6 +271,7 @@ def _as_lcm(
         prediction_type=prediction_type,
         original_inference_steps=len(student_timesteps),
         clip_sample=False,
+        steps_offset=1,  # not used by LCM; Stable Diffusion's pipeline warns of any other
     )
     scheduler.set_timesteps(len(student_timesteps))
     return scheduler if scheduler.timesteps.tolist() == list(student_timesteps) else None
