@@ -62,9 +62,7 @@ def read_prompts(path: str) -> list[str]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"`prompts` must be a UTF-8 text file of one prompt a line, but {path!r}: {error}."
-        ) from error
+        raise ValueError(f"`prompts` must be a UTF-8 file of one prompt a line, but {path!r}: {error}.") from error
     prompts = [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts:
         raise ValueError(f"`prompts` must have one prompt a line, but {path!r} has none.")

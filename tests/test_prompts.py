@@ -27,7 +27,7 @@ def counting(teacher):
 
 def test_embeddings_are_computed_once_and_encoders_freed(tmp_path):
     teacher = Teacher(tiny_pipeline("sdxl"), resolution=16)
-    expected = teacher.encode(["dog", "a cat"])
+    expected, null = teacher.encode(["dog", "a cat"]), teacher.null_condition(2)
     calls = counting(teacher)
     samples = PromptEmbeddings(teacher, ["a cat", "dog", "a cat"], tmp_path, batch_size=1)
     assert len(calls) == 2 and len(samples) == 3
@@ -36,7 +36,6 @@ def test_embeddings_are_computed_once_and_encoders_freed(tmp_path):
     PromptEmbeddings(teacher, ["dog", "a cat"], tmp_path)
     assert len(calls) == 2
     assert not list(tmp_path.rglob(".*"))
-    null = teacher.null_condition(2)
     teacher.free_text_encoders()
     assert not any(p.device.type != "meta" for e in teacher.text_encoders().values() for p in e.parameters())
     assert samples.batch([0])["cond"]["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]]
