@@ -20,6 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     sampling = commands.add_parser("sample", help="write a picture of a student's images")
     sampling.add_argument("model", help="a folder, a Hub id or a shipped name")
     sampling.add_argument("--class_labels", nargs="*", help="labels by id or name; default: drawn at random")
+    sampling.add_argument("--prompts", nargs="*", help="what a text-to-image student is to show, an image each")
     sampling.add_argument("--num_images", type=int, default=10, help="number of images without labels")
     sampling.add_argument("--seed", type=int, default=0)
     sampling.add_argument("--output", default="samples.png")
@@ -74,14 +75,30 @@ def quickstart(output_dir: str, max_train_steps: int, num_samples: int) -> None:
     print(f"Done in {time.perf_counter() - started:.0f} s. Next: onestep sample {output_dir}")
 
 
-def sample(model: str, class_labels: list[str] | None, num_images: int, seed: int, output: str) -> None:
-    """One picture with all images, ten a row."""
+def sample(
+    model: str,
+    class_labels: list[str] | None,
+    prompts: list[str] | None,
+    num_images: int,
+    seed: int,
+    output: str,
+) -> None:
+    """One picture with all images, ten a row, four of text-to-image students."""
     import torch
 
     from . import OneStepPipeline
     from .sampling import picture, save_grid
 
     pipeline = OneStepPipeline.from_pretrained(model)
+    if not isinstance(pipeline, OneStepPipeline):
+        if not prompts:
+            raise ValueError(f"`prompts` must be given for a text-to-image student, but are {prompts}.")
+        images = pipeline(prompts, generator=torch.Generator().manual_seed(seed), output_type="pt").images
+        save_grid(picture(2 * images - 1), Path(output), min(4, len(prompts)), scale=1)
+        print(f"{len(prompts)} images in {output}")
+        return
+    if prompts:
+        raise ValueError(f"`prompts` must not be given for a student that takes none, but are {prompts}.")
     labels = [int(label) if label.isdigit() else label for label in class_labels] if class_labels else None
     batch_size = len(labels) if labels else num_images
     images = pipeline(

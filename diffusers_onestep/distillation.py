@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
 from .arguments import TrainArguments
@@ -86,7 +86,7 @@ class TeacherArguments(TrainArguments):
         if len(given) != 1 or (images and "dataset_name" not in given):
             needed = "`dataset_name`" if images else "One of `prompts` and `dataset_name` (or `pairs`)"
             raise ValueError(f"{needed} must be given for this text-to-image teacher, but given are {given}.")
-        how = {"cache_dir": self.cache_dir, "batch_size": self.encoding_batch_size, "device": Accelerator().device}
+        how = {"cache_dir": self.cache_dir, "batch_size": self.encoding_batch_size, "device": PartialState().device}
         samples: Samples
         if pairs is not None:
             samples = PromptPairs(teacher, load_pairs(pairs).rows, **how)
@@ -155,9 +155,6 @@ def student_hooks(
 
     pipeline()  # a start that it can not make is an error now, not after the training
 
-    def save(folder: Path) -> None:
-        save_student(pipeline(), folder, teacher, args)
-
     def validate(folder: Path) -> dict[str, float]:
         device = next(network.parameters()).device
         generator = torch.Generator().manual_seed(args.seed)
@@ -172,15 +169,21 @@ def student_hooks(
         row = evaluate(pipeline(), name="student", num_samples=args.validation_samples, seed=args.seed + 1000)
         return {"distance": row.value}
 
-    return save, validate
+    return student_writer(pipeline, teacher, args), validate
 
 
-def save_student(pipeline: DiffusionPipeline, folder: Path, teacher: Teacher, args: TrainArguments) -> None:
-    """Write a student's repository; of a text-to-image one the frozen parts only the first time."""
-    if teacher.takes_prompts:
-        write_repository(pipeline, folder, (teacher.network_name, "scheduler"), frozen=Path(args.output_dir))
-    else:
-        write_repository(pipeline, folder)
+def student_writer(
+    pipeline: Callable[[], DiffusionPipeline], teacher: Teacher, args: TrainArguments
+) -> Callable[[Path], None]:
+    """Writes a student's repository into a folder; the parts that training leaves alone only the first time."""
+    complete = set()
+
+    def save(folder: Path) -> None:
+        parts = (teacher.network_name, "scheduler") if folder in complete else None
+        write_repository(pipeline(), folder, parts, frozen=Path(args.output_dir))
+        complete.add(folder)
+
+    return save
 
 
 def show(
@@ -192,7 +195,8 @@ def show(
     elif samples is not None:
         columns = min(4, len(samples))
         cond = samples.batch(list(range(columns)))["cond"]
-        settings |= {"columns": columns, "cond": cond, "guidance_scale": getattr(args, "guidance_scale", 1.0)}
+        kappas, guidance_scale = getattr(args, "kappas", None), getattr(args, "guidance_scale", 1.0)
+        settings |= {"columns": columns, "cond": cond, "guidance_scale": kappas[-1] if kappas else guidance_scale}
         comparison_grid(teacher, sampler, folder / "samples.png", seed=args.seed, **settings)
 
 
@@ -208,9 +212,6 @@ def compression_hooks(
     if not isinstance(teacher, Teacher):
         return None, None
     student = distiller.student
-
-    def save(folder: Path) -> None:
-        save_student(teacher.compressed_pipeline(student.network), folder, teacher, args)
 
     def validate(folder: Path) -> dict[str, float]:
         def run(noise, cond):
@@ -228,7 +229,10 @@ def compression_hooks(
         student.network.requires_grad_(True)  # a teacher's is frozen
         return {"distance": row.value}
 
-    return save, validate
+    def pipeline() -> DiffusionPipeline:
+        return teacher.compressed_pipeline(student.network)
+
+    return student_writer(pipeline, teacher, args), validate
 
 
 def default_hooks(distiller: Distiller, args: TrainArguments):

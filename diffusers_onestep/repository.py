@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ def resolve_model(path_or_id: str | os.PathLike) -> str:
 
 
 def write_repository(
-    pipeline: DiffusionPipeline, folder: Path, changed: Container[str] | None = None, frozen: Path | None = None
+    pipeline: DiffusionPipeline, folder: Path, parts: Iterable[str] | None = None, frozen: Path | None = None
 ) -> None:
     """Save a pipeline file by file, `model_index.json` last: a reader finds the old state, the new one, or, the first
     time, none.
@@ -42,21 +42,22 @@ def write_repository(
     Args:
         pipeline (`DiffusionPipeline`): what to save, as safetensors.
         folder (`Path`): an existing or new folder; other files in it are left alone.
-        changed (names, *optional*): the parts to write anew; others are written only if `folder` lacks them.
-        frozen (`Path`, *optional*): a folder that holds the parts whose weights have been freed.
+        parts (names, *optional*): what to write; all others, which `folder` holds already, stay as they are.
+        frozen (`Path`, *optional*): the folder where `keep_parts` has put those whose weights have been freed.
     """
     folder = Path(folder)
     beside = folder / ".student.writing"
     shutil.rmtree(beside, ignore_errors=True)
-    if changed is None:
+    names = list(pipeline.components if parts is None else parts)
+    freed = [name for name in names if is_freed(pipeline.components[name])]
+    if parts is None and not freed:
         pipeline.save_pretrained(beside, safe_serialization=True)
     else:
-        missing = [k for k in pipeline.components if k in changed or not (folder / k).is_dir()]
-        freed = [k for k in missing if is_freed(pipeline.components[k])]
-        for name in freed:  # they are copied from where they have been kept
-            shutil.copytree(Path(frozen or folder) / name, beside / name, copy_function=_link)
-        write_parts(pipeline, beside, [k for k in missing if k not in freed])
+        write_parts(pipeline, beside, [name for name in names if name not in freed])
         pipeline.save_config(beside)
+    if frozen is not None and Path(frozen) != folder:
+        for name in freed:
+            shutil.copytree(Path(frozen) / name, beside / name, copy_function=_link)
     _move(beside, folder)
 
 

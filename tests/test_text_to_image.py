@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 
 import diffusers
@@ -156,3 +158,98 @@ def _weights(folder):
     from safetensors.torch import load_file
 
     return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+FIT = {
+    "max_train_steps": None,
+    "train_batch_size": None,
+    "learning_rate": None,
+    "lr_warmup_steps": None,
+    "cache_dir": None,
+    "num_inference_steps": 5,
+    "scale": 4,
+    "num_samples": 16,
+    "num_holdout_samples": 8,
+    "batch_size": 8,
+    "guidance_scale": 3.0,
+}
+
+
+@pytest.mark.parametrize(
+    "family, solver", [("sd-v", "ddim"), ("sdxl", "euler"), ("sd3", "dpmsolver++"), ("flux", "dpmsolver++")]
+)
+def test_solvers_are_fitted_to_every_kind_of_teacher(folders, tmp_path, family, solver):
+    """A guided fit by the script, stored with the teacher's weights; sampled with the guidance of the fit."""
+    run_script("fit_d_ode", *flags(folders, family, tmp_path, solver=solver, **FIT), "--save_pipeline")
+    ours = OneStepPipeline.from_pretrained(tmp_path)
+    stock = getattr(diffusers, STOCK[family]).from_pretrained(tmp_path)
+    for pipeline in (ours, stock):
+        pipeline.set_progress_bar_config(disable=True)
+    guided = {"true_cfg_scale": 3.0, "negative_prompt": "", "guidance_scale": 3.5} if family == "flux" else {}
+    own = guided if family == "flux" else {}
+    plain = {"num_inference_steps": 5} | (guided or {"guidance_scale": 3.0})
+    image = ours(PROMPTS[0], generator=seeded(), output_type="np", **own, **size(family)).images
+    again = stock(PROMPTS[0], generator=seeded(), output_type="np", **plain, **size(family)).images
+    assert np.array_equal(again, image)
+    table = next(iter(ours.scheduler.config.dode_tables.values()))
+    assert table["guidance_scale"] == 3.0 and any(any(row) for row in table["lambdas"])
+
+
+def test_pairs_hold_prompts_and_feed_the_regression(folders, tmp_path):
+    """DMD's pairs of a guided teacher: the regression's target is what the stored noise became."""
+    settings = {"num_pairs": 3, "num_inference_steps": 4, "guidance_scale": 2.0, "batch_size": 2}
+    leave = dict.fromkeys(("max_train_steps", "train_batch_size", "learning_rate", "lr_warmup_steps", "cache_dir"))
+    run_script("make_pairs", *flags(folders, "sdxl", tmp_path / "pairs", **settings, **leave))
+    train = {"prompts": None, "pairs": tmp_path / "pairs", "regression_weight": 0.25, "regression_loss": "l2"}
+    run_script("train_dmd", *flags(folders, "sdxl", tmp_path / "out", guidance_scale=2.0, **train))
+    assert OneStepPipeline.from_pretrained(tmp_path / "out").student_steps == 1
+    from datasets import load_from_disk
+
+    rows = load_from_disk(tmp_path / "pairs").with_format("torch")
+    teacher = Teacher.from_pretrained(folders / "sdxl", resolution=16)
+    target = teacher.sample(
+        rows["noise"][:], teacher.encode(list(rows["prompt"])), num_inference_steps=4, guidance_scale=2.0
+    )
+    torch.testing.assert_close(rows["target"][:], target, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"prompts": None}, "One of `prompts` and `dataset_name`"),
+        ({"resolution": 15}, "`resolution` must be a multiple of 2, but is 15"),
+        ({"prompts": "nothing.txt"}, "`prompts` must be a UTF-8 file"),
+        ({"start_ratio": 2.5}, "`start_ratio` must be left out for a StableDiffusion3Pipeline"),
+    ],
+)
+def test_bad_flags_end_before_training(folders, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run_script("train_sid", *flags(folders, "sd3", tmp_path, **changes))
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_pixel_teachers_take_no_prompts(folders, tmp_path):
+    with pytest.raises(ValueError, match="`prompts` must be None for a teacher that takes no prompts"):
+        run_script("train_sid", *flags(folders, "sd", tmp_path, pretrained_teacher_model="fashion32", resolution=None))
+
+
+def test_two_real_ranks_equal_one_process(folders, tmp_path):
+    """SiD-LSG with the same global batch of 4; both ranks encode prompts into one cache."""
+    settings = {"kappas": 1.5, "adam_epsilon": 1.0, "learning_rate": 1.0, "alpha": 1.0}
+    one, two = tmp_path / "one", tmp_path / "two"
+    command = [sys.executable, str(ROOT / "training" / "train_sid.py")]
+    more = {"cache_dir": tmp_path / "cache", **settings}
+    run_script("train_sid", *flags(folders, "sd", one, gradient_accumulation_steps=2, **settings))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29537"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    parts = [str(flag) for flag in flags(folders, "sd", two, **more)]
+    done = subprocess.run(
+        [*launcher, *command[1:], *parts], env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list((tmp_path / "cache" / "text").rglob("*.safetensors"))) == len(PROMPTS)
+    assert (two / "checkpoints" / "step-000002" / "random_states_1.pkl").is_file()  # there really were two
+    start, *results = (_weights(folder / "unet") for folder in (folders / "sd", one, two))
+    first, second = (torch.cat([(result[key] - start[key]).flatten() for key in start]) for result in results)
+    assert first.abs().max() > 1e-4
+    torch.testing.assert_close(first, second, rtol=0, atol=2e-3 * first.abs().max().item())

@@ -118,7 +118,7 @@ def _pseudo_huber(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return ((square + c**2).sqrt() - c).mean() / a[0].numel() ** 0.5
 
 
-PERCEPTUAL = ("lpips", "stlpips")  # they take images, not latents
+PERCEPTUAL = ("lpips", "lpips-average", "stlpips")  # they take images, not latents
 DISTANCES: dict[str, Callable[[], Distance]] = {
     "lpips": _lpips,
     "lpips-average": _lpips_average,
