@@ -113,7 +113,20 @@ DMD_PRESETS = {
     "dmd2-sd15": _dmd2(1e-5, 40_000, **_SD15),
     "dmd2-sd15-gan": _dmd2(5e-7, 5_000, gan_weight=1e-3, **_SD15),  # goes on from the student of the one above
     "dmd2-sdxl-4step": _dmd2(5e-7, 20_000, student_timesteps=[999.0, 749.0, 499.0, 249.0], **_SDXL),
-    # its student starts as one that was fitted to 10,000 pairs at t = 399 (LPIPS): give it as --student_init
+    # 10,000 pairs of Euler's method at guidance 8; its student is what the next one takes as --student_init
+    "dmd2-sdxl-warmup": _dmd(
+        256,
+        64,
+        1e-5,
+        2_000,
+        guidance_scale=8.0,
+        student_timesteps=[399.0],
+        matching_weight=0.0,
+        regression_weight=1.0,
+        max_grad_norm=0.0,
+        mixed_precision="bf16",
+        resolution=1024,
+    ),
     "dmd2-sdxl-1step": _dmd2(5e-7, 25_000, student_timesteps=[399.0], **_SDXL),
 }
 

@@ -263,6 +263,16 @@ def test_i21_regression():
     assert not called
 
 
+def test_regression_alone_is_a_warm_up():
+    pairs = {"noise": torch.randn(4, 1, 16, 16), "target": torch.randn(4, 1, 16, 16)}
+    distiller = DMD(small_teacher(), matching_weight=0.0, regression_weight=2.0, regression_loss="l2")
+    ((name, loss),) = distiller.updates(BATCH | pairs)
+    assert name == "student"
+    torch.testing.assert_close(loss, 2.0 * distiller.regression_loss(BATCH | pairs))
+    with pytest.raises(ValueError, match="`matching_weight` and `regression_weight` must not both be 0"):
+        DMD(small_teacher(), matching_weight=0.0)
+
+
 @pytest.mark.parametrize("name", ["l2", "pseudo-huber"])
 def test_regression_distances_vanish_only_at_equality(name):
     distance = image_distance(name)

@@ -185,14 +185,14 @@ def test_solvers_are_fitted_to_every_kind_of_teacher(folders, tmp_path, family, 
     stock = getattr(diffusers, STOCK[family]).from_pretrained(tmp_path)
     for pipeline in (ours, stock):
         pipeline.set_progress_bar_config(disable=True)
-    guided = {"true_cfg_scale": 3.0, "negative_prompt": "", "guidance_scale": 3.5} if family == "flux" else {}
-    own = guided if family == "flux" else {}
-    plain = {"num_inference_steps": 5} | (guided or {"guidance_scale": 3.0})
-    image = ours(PROMPTS[0], generator=seeded(), output_type="np", **own, **size(family)).images
+    plain = {"num_inference_steps": 5, "guidance_scale": 3.0}
+    if family == "flux":
+        plain |= {"true_cfg_scale": 3.0, "negative_prompt": "", "guidance_scale": 3.5}
+    image = ours(PROMPTS[0], generator=seeded(), output_type="np", **size(family)).images
     again = stock(PROMPTS[0], generator=seeded(), output_type="np", **plain, **size(family)).images
     assert np.array_equal(again, image)
     table = next(iter(ours.scheduler.config.dode_tables.values()))
-    assert table["guidance_scale"] == 3.0 and any(any(row) for row in table["lambdas"])
+    assert table["guidance_scale"] == 3.0 and any(table["lambdas"])
 
 
 def test_pairs_hold_prompts_and_feed_the_regression(folders, tmp_path):

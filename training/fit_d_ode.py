@@ -75,6 +75,7 @@ def main(args: FitArguments) -> None:
         )
     notes = {
         "guidance_scale": args.guidance_scale,
+        "embedded_guidance": args.embedded_guidance if teacher.takes_prompts else None,
         "teacher_model": args.pretrained_teacher_model,
         "revision": args.revision,
         "prompts": args.prompts,

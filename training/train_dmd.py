@@ -28,6 +28,7 @@ class DMDArguments(DistillationArguments):
         default=None,
         metadata={"help": "Least and largest sigma / alpha of the comparison; default: the papers'."},
     )
+    matching_weight: float = field(default=1.0, metadata={"help": "Of distribution matching; 0: regression alone."})
     regression_weight: float = field(default=0.0, metadata={"help": "Of the regression on pairs; paper: 0.25, 0.5."})
     regression_loss: str = field(default="lpips", metadata={"help": "lpips, l2 or pseudo-huber."})
     gan_weight: float = field(default=0.0, metadata={"help": "Of the student's GAN loss; paper: 1e-3 to 5e-3."})
@@ -55,6 +56,7 @@ def main(args: DMDArguments) -> None:
         args.guided(teacher),
         start_ratio=args.start_ratio,
         level_ratios=args.level_ratios,
+        matching_weight=args.matching_weight,
         regression_weight=args.regression_weight,
         regression_loss=args.model_distance(teacher, args.regression_loss, "regression_loss"),
         gan_weight=args.gan_weight,

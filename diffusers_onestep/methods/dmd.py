@@ -123,6 +123,8 @@ class DMD(ScoreDistiller):
             compared. By default the papers' draws: 2 % to 98 % of the grid for EDM and flow; for VP `(0.138, 13.04)`,
             which is t = 20 to 980 of Stable Diffusion. DDPM's linear betas reach 130 at t = 980, where the error of
             epsilon drowns the difference of the scores.
+        matching_weight (`float`, *optional*, defaults to 1.0): of distribution matching; 0.0 leaves the regression
+            alone, without fake-score updates: DMD2's warm-up of a one-step SDXL student (Yin et al. 2024, App. F.4).
         regression_weight (`float`, *optional*, defaults to 0.0): of the regression on pairs (`"noise"`, `"target"`);
             0.25 in the paper's conditional runs.
         regression_loss (`str` or callable, *optional*, defaults to `"lpips"`): see `image_distance`.
@@ -145,6 +147,7 @@ class DMD(ScoreDistiller):
         *,
         start_ratio: float | None = None,
         level_ratios: tuple[float, float] | list[float] | None = None,
+        matching_weight: float = 1.0,
         regression_weight: float = 0.0,
         regression_loss: str | Callable = "lpips",
         gan_weight: float = 0.0,
@@ -166,7 +169,10 @@ class DMD(ScoreDistiller):
             raise ValueError(f"`level_ratios` must be two rising positive numbers, but are {level_ratios}.")
         if level_ratios is None and isinstance(self.teacher.schedule, VPSchedule):
             level_ratios = SD_RATIOS
+        if not matching_weight and not regression_weight:
+            raise ValueError("`matching_weight` and `regression_weight` must not both be 0.")
         self.level_ratios = level_ratios
+        self.matching_weight = matching_weight
         self.regression_weight, self.gan_weight = regression_weight, gan_weight
         self.gan_critic_weight = gan_critic_weight
         self._distance = None
@@ -184,8 +190,15 @@ class DMD(ScoreDistiller):
             return super().trainable
         return super().trainable | {"fake_score": nn.ModuleList([self.fake_score.network, self.head])}
 
+    def updates(self, batch, generator=None):
+        if self.matching_weight:
+            yield from super().updates(batch, generator)
+        else:
+            self.learn("student")
+            yield "student", self.regression_weight * self.regression_loss(batch)
+
     def student_loss(self, x0, batch, generator=None):
-        loss = distribution_matching_loss(x0, *self.scores(x0, batch, generator))
+        loss = self.matching_weight * distribution_matching_loss(x0, *self.scores(x0, batch, generator))
         if self.regression_weight:
             loss = loss + self.regression_weight * self.regression_loss(batch)
         if self.head is not None:

@@ -33,6 +33,7 @@ class OneStepTextToImageMixin:
     """
 
     _stock: type[DiffusionPipeline]
+    _guidance_argument = "guidance_scale"  # of classifier-free guidance
     _scales_noise = True  # does the stock pipeline multiply the noise by the scheduler's `init_noise_sigma`?
 
     def __init_subclass__(cls, **kwargs):
@@ -68,19 +69,10 @@ class OneStepTextToImageMixin:
 
     def check_student_inputs(self, given: dict[str, Any]) -> None:
         """Fill in the student's own values in the arguments of a call, and refuse others."""
-        steps, guidance = given.get("num_inference_steps"), given.get("guidance_scale")
-        if isinstance(self.scheduler, DODESchedulerMixin):
-            self._check_fitted(given, steps, guidance)
-            return
         if self.student_steps is None:
-            if steps is None:
-                raise ValueError(
-                    f"`num_inference_steps` must be given for a model with a {type(self.scheduler).__name__}, which "
-                    "is no one-step student, but is None."
-                )
-            if guidance is None:
-                given.pop("guidance_scale", None)
+            self._check_several_steps(given)
             return
+        steps, guidance = given.get("num_inference_steps"), given.get("guidance_scale")
         if steps not in (None, self.student_steps):
             raise ValueError(
                 f"`num_inference_steps` must be {self.student_steps}, the number that this student was trained for, "
@@ -107,19 +99,31 @@ class OneStepTextToImageMixin:
         """The guidance scale that the student is sampled with."""
         return 1.0
 
-    def _check_fitted(self, given: dict[str, Any], steps: int | None, guidance: float | None) -> None:
-        fitted = self.scheduler.fitted_steps
+    def _check_several_steps(self, given: dict[str, Any]) -> None:
+        """The same for a distilled solver or a model that takes any number of steps."""
+        if isinstance(self.scheduler, DODESchedulerMixin):
+            self._check_fitted(given)
+        elif given.get("num_inference_steps") is None:
+            raise ValueError(
+                f"`num_inference_steps` must be given for a model with a {type(self.scheduler).__name__}, which is no "
+                "one-step student, but is None."
+            )
+        if given.get("guidance_scale") is None:
+            given.pop("guidance_scale", None)  # the stock default
+
+    def _check_fitted(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Fill in what the solver was fitted to; returns the table of the steps that are asked for."""
+        fitted, steps = self.scheduler.fitted_steps, given.get("num_inference_steps")
         if steps is None and len(fitted) != 1:
             raise ValueError(f"`num_inference_steps` must be one of the fitted numbers {fitted}, but is None.")
         given["num_inference_steps"] = fitted[0] if steps is None else steps
         table = (self.scheduler.config.dode_tables or {}).get(str(given["num_inference_steps"]), {})
-        own = table.get("guidance_scale")
-        if own is not None and guidance not in (None, own):
-            raise ValueError(f"`guidance_scale` must be {own}, which the solver was fitted to, but is {guidance}.")
-        if own is None and guidance is None:
-            given.pop("guidance_scale", None)
-        elif own is not None:
-            given["guidance_scale"] = own
+        name, own = self._guidance_argument, table.get("guidance_scale")
+        if own is not None and given.get(name) not in (None, own):
+            raise ValueError(f"`{name}` must be {own}, which the solver was fitted to, but is {given[name]}.")
+        if own is not None:
+            given[name] = own
+        return table
 
 
 def _student_call(stock_call: Callable) -> Callable:
@@ -181,6 +185,7 @@ class OneStepFluxPipeline(OneStepTextToImageMixin, FluxPipeline):
             and only allowed `guidance_scale` of a call.
     """
 
+    _guidance_argument = "true_cfg_scale"
     _scales_noise = False
 
     def __init__(
@@ -211,6 +216,14 @@ class OneStepFluxPipeline(OneStepTextToImageMixin, FluxPipeline):
 
     def own_guidance(self):
         return self.config.embedded_guidance or 1.0
+
+    def _check_fitted(self, given):
+        table = super()._check_fitted(given)
+        if given.get("true_cfg_scale", 1.0) > 1.0 and given.get("negative_prompt") is None:
+            given["negative_prompt"] = ""  # without one the stock call leaves guidance out
+        if given.get("guidance_scale") is None and table.get("embedded_guidance") is not None:
+            given["guidance_scale"] = table["embedded_guidance"]
+        return table
 
 
 TEXT_TO_IMAGE_PIPELINES = {cls._stock.__name__: cls for cls in OneStepTextToImageMixin.__subclasses__()}
