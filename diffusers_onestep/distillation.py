@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
 from .arguments import TrainArguments
@@ -86,7 +86,8 @@ class TeacherArguments(TrainArguments):
         if len(given) != 1 or (images and "dataset_name" not in given):
             needed = "`dataset_name`" if images else "One of `prompts` and `dataset_name` (or `pairs`)"
             raise ValueError(f"{needed} must be given for this text-to-image teacher, but given are {given}.")
-        how = {"cache_dir": self.cache_dir, "batch_size": self.encoding_batch_size, "device": PartialState().device}
+        accelerator = Accelerator(mixed_precision=self.mixed_precision)
+        how = {"cache_dir": self.cache_dir, "batch_size": self.encoding_batch_size, "device": accelerator.device}
         samples: Samples
         if pairs is not None:
             samples = PromptPairs(teacher, load_pairs(pairs).rows, **how)
@@ -100,9 +101,9 @@ class TeacherArguments(TrainArguments):
                 samples = CaptionedLatents(teacher, rows, pictures, captions, **how)
             else:
                 samples = PromptEmbeddings(teacher, captions_of(rows, captions), **how)
-        if PartialState().is_main_process:
+        if accelerator.is_main_process:
             keep_parts(teacher.pipeline, Path(self.output_dir), teacher.text_encoders())
-        PartialState().wait_for_everyone()
+        accelerator.wait_for_everyone()
         teacher.free_text_encoders()
         return samples
 

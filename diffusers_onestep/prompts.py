@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from huggingface_hub.constants import HF_HOME
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -96,7 +97,7 @@ class TensorCache:
 
         Every process takes its share; then each looks again, since not all need to share a disk.
         """
-        state = PartialState()
+        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # as `Accelerator` reads it
         for share in ((state.process_index, state.num_processes), (0, 1)):
             places = [i for key, i in {key: i for i, key in enumerate(keys)}.items() if not self.path(key).is_file()]
             own = sorted(places)[share[0] :: share[1]]

@@ -9,6 +9,7 @@ subfolder="scheduler")` in any pipeline of this teacher. `--save_pipeline` write
 
 import inspect
 import json
+import math
 import os
 import shutil
 import sys
@@ -26,6 +27,7 @@ from diffusers_onestep.methods.base import normal
 from diffusers_onestep.methods.dode import nested_teacher
 from diffusers_onestep.prompts import read_prompts
 from diffusers_onestep.repository import write_json, write_repository
+from diffusers_onestep.sampling import dynamic_shift
 from diffusers_onestep.schedulers import SOLVERS, DODESchedulerMixin, distilled_copy, solver_for
 from diffusers_onestep.trainer import sample_generators
 
@@ -67,6 +69,9 @@ def main(args: FitArguments) -> None:
     )
     teacher.denoiser.autocast_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     settings = {} if args.solver_order is None else {"solver_order": args.solver_order}
+    if teacher.scheduler.config.get("use_dynamic_shifting"):
+        shift = math.exp(dynamic_shift(teacher.scheduler, teacher.sample_shape))
+        settings |= {"use_dynamic_shifting": True, "time_shift_type": "exponential", "flow_shift": shift}
     scheduler = solver_for(args.solver, teacher.scheduler, **settings)
     if args.save_pipeline and args.guidance_scale != 1.0 and not teacher.takes_prompts:
         raise ValueError(
