@@ -28,6 +28,16 @@ _PUBLIC = {
     ],
     "methods.dode": ["fit_d_ode", "DODEReport"],
     "pipelines": ["OneStepPipeline"],
+    "pipelines.pipeline_text_to_image": [
+        "OneStepStableDiffusionPipeline",
+        "OneStepStableDiffusionXLPipeline",
+        "OneStepStableDiffusion3Pipeline",
+        "OneStepFluxPipeline",
+        "OneStepPixArtAlphaPipeline",
+        "OneStepPixArtSigmaPipeline",
+        "OneStepSanaPipeline",
+    ],
+    "prompts": ["PromptEmbeddings", "CaptionedLatents"],
     "models": ["SpaceToDepthUNet2DModel"],
     "repository": ["shipped_model"],
     "evaluation": ["evaluate", "Metrics"],
@@ -69,6 +79,16 @@ if TYPE_CHECKING:
     from .methods.sid import SiD
     from .models import SpaceToDepthUNet2DModel
     from .pipelines import OneStepPipeline
+    from .pipelines.pipeline_text_to_image import (
+        OneStepFluxPipeline,
+        OneStepPixArtAlphaPipeline,
+        OneStepPixArtSigmaPipeline,
+        OneStepSanaPipeline,
+        OneStepStableDiffusion3Pipeline,
+        OneStepStableDiffusionPipeline,
+        OneStepStableDiffusionXLPipeline,
+    )
+    from .prompts import CaptionedLatents, PromptEmbeddings
     from .repository import shipped_model
     from .schedulers import (
         DistilledDDIMScheduler,
