@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def main(argv: list[str] | None = None) -> None:
-    """`onestep quickstart | sample | info`."""
+    """`onestep quickstart | sample | info | plan`."""
     parser = argparse.ArgumentParser(prog="onestep", description="One-step students of diffusion models.")
     commands = parser.add_subparsers(dest="command", required=True)
     quick = commands.add_parser("quickstart", help="distil the shipped teacher into a one-step student, live")
@@ -28,8 +28,16 @@ def main(argv: list[str] | None = None) -> None:
     about = commands.add_parser("info", help="say what a model folder holds")
     about.add_argument("model", help="a folder or a shipped name")
     about.set_defaults(run=info)
-    args = vars(parser.parse_args(argv))
-    del args["command"]
+    planning = commands.add_parser(
+        "plan", help="say what memory and work a training step needs, from config files alone", add_help=False
+    )
+    planning.set_defaults(run=plan)
+    known, flags = parser.parse_known_args(argv)
+    args = vars(known)
+    if args.pop("command") == "plan":
+        args["flags"] = flags
+    elif flags:
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
     try:
         args.pop("run")(**args)
     except ValueError as error:
@@ -124,6 +132,16 @@ def info(model: str) -> None:
     for key in ("student_timesteps", "init_noise_sigma", "original_inference_steps", "num_train_timesteps"):
         if key in scheduler:
             print(f"  {key}: {scheduler[key]}")
+
+
+def plan(flags: list[str]) -> None:
+    """What a step of `train_sid.py` or `train_dmd.py` with these flags needs."""
+    from .arguments import parse_args
+    from .plan import PlanArguments
+    from .plan import plan as plan_run
+
+    print(plan_run(parse_args(PlanArguments, flags)))
+    print("Not counted: text encoders, VAE, the GPU's context, workspaces of its kernels and fragmentation.")
 
 
 if __name__ == "__main__":

@@ -7,13 +7,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from torch import nn
 
 from .arguments import TrainArguments
 from .data import Batches, Conditions, Samples, load_pairs
 from .denoiser import Denoiser, GuidedDenoiser
 from .evaluation import Sampler, comparison_grid, evaluate
 from .features import FashionCNN
+from .lora import is_adapted, merged, save_lora_weights
 from .methods.base import Distiller, OneStepDistiller
 from .methods.distances import PERCEPTUAL, Decoded
 from .methods.dkdm import DKDM
@@ -57,6 +61,7 @@ class TeacherArguments(TrainArguments):
 
     def load_teacher(self) -> Teacher:
         """The frozen teacher."""
+        set_seed(self.seed)  # adapters and heads that are made next start at random
         return Teacher.from_pretrained(
             self.pretrained_teacher_model,
             revision=self.revision,
@@ -130,6 +135,27 @@ class DistillationArguments(StudentArguments):
         default=None, metadata={"help": "Timesteps themselves, noisiest first; several: a few-step student."}
     )
     fake_score_updates: int = field(default=1, metadata={"help": "Fake-score updates per student update."})
+    lora_rank: int | None = field(
+        default=None, metadata={"help": "Train student and fake score as adapters on the teacher's own weights."}
+    )
+    lora_alpha: float | None = field(default=None, metadata={"help": "Default: `lora_rank`, a scale of 1."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Ends of layer names; default: all layers wider than the rank."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lora_rank is None and (self.lora_alpha is not None or self.lora_target_modules):
+            raise ValueError("`lora_rank` must be given with `lora_alpha` or `lora_target_modules`, but is None.")
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise ValueError(f"`lora_rank` must be at least 1, but is {self.lora_rank}.")
+
+    def lora_config(self) -> LoraConfig | None:
+        """What the `lora_` flags say."""
+        if self.lora_rank is None:
+            return None
+        alpha = self.lora_rank if self.lora_alpha is None else self.lora_alpha
+        return LoraConfig(r=self.lora_rank, lora_alpha=alpha, target_modules=self.lora_target_modules)
 
 
 def train_student(distiller: OneStepDistiller, batches: Batches, args: StudentArguments, teacher: Teacher) -> None:
@@ -170,18 +196,30 @@ def student_hooks(
         row = evaluate(pipeline(), name="student", num_samples=args.validation_samples, seed=args.seed + 1000)
         return {"distance": row.value}
 
-    return student_writer(pipeline, teacher, args), validate
+    def complete() -> DiffusionPipeline:
+        if not is_adapted(network):
+            return pipeline()
+        return teacher.student_pipeline(merged(network), **distiller.student_settings)
+
+    return student_writer(complete, teacher, args, network), validate
 
 
 def student_writer(
-    pipeline: Callable[[], DiffusionPipeline], teacher: Teacher, args: TrainArguments
+    pipeline: Callable[[], DiffusionPipeline], teacher: Teacher, args: TrainArguments, network: nn.Module
 ) -> Callable[[Path], None]:
-    """Writes a student's repository into a folder; the parts that training leaves alone only the first time."""
+    """Writes a student's repository into a folder, the parts that training leaves alone only the first time. An
+    adapter is merged into the weights, and is written beside them too."""
     complete = set()
 
     def save(folder: Path) -> None:
+        whole = pipeline()
+
+        def more(beside: Path) -> None:
+            if is_adapted(network):
+                save_lora_weights(type(whole), teacher.network_name, network, beside)
+
         parts = (teacher.network_name, "scheduler") if folder in complete else None
-        write_repository(pipeline(), folder, parts, frozen=Path(args.output_dir))
+        write_repository(whole, folder, more, parts=parts, frozen=Path(args.output_dir))
         complete.add(folder)
 
     return save
@@ -233,7 +271,7 @@ def compression_hooks(
     def pipeline() -> DiffusionPipeline:
         return teacher.compressed_pipeline(student.network)
 
-    return student_writer(pipeline, teacher, args), validate
+    return student_writer(pipeline, teacher, args, student.network), validate
 
 
 def default_hooks(distiller: Distiller, args: TrainArguments):

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,12 @@ def resolve_model(path_or_id: str | os.PathLike) -> str:
 
 
 def write_repository(
-    pipeline: DiffusionPipeline, folder: Path, parts: Iterable[str] | None = None, frozen: Path | None = None
+    pipeline: DiffusionPipeline,
+    folder: Path,
+    more: Callable[[Path], None] = lambda folder: None,
+    *,
+    parts: Iterable[str] | None = None,
+    frozen: Path | None = None,
 ) -> None:
     """Save a pipeline file by file, `model_index.json` last: a reader finds the old state, the new one, or, the first
     time, none.
@@ -42,6 +47,7 @@ def write_repository(
     Args:
         pipeline (`DiffusionPipeline`): what to save, as safetensors.
         folder (`Path`): an existing or new folder; other files in it are left alone.
+        more (callable, *optional*): writes further files of the repository into a folder that it is given.
         parts (names, *optional*): what to write; all others, which `folder` holds already, stay as they are.
         frozen (`Path`, *optional*): the folder where `keep_parts` has put those whose weights have been freed.
     """
@@ -58,6 +64,7 @@ def write_repository(
     if frozen is not None and Path(frozen) != folder:
         for name in freed:
             shutil.copytree(Path(frozen) / name, beside / name, copy_function=_link)
+    more(beside)
     _move(beside, folder)
 
 

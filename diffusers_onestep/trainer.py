@@ -20,15 +20,18 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, cpu_offload_with_hook
+from accelerate.hooks import UserCpuOffloadHook
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import DistributedType, broadcast, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from diffusers.utils import is_bitsandbytes_available
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from .arguments import TrainArguments
+from .arguments import DTYPES, TrainArguments
+from .lora import is_adapted, leave_dtypes_to_autocast
 from .methods.base import Batch, Distiller
 from .repository import write_json
 
@@ -133,6 +136,11 @@ class Trainer:
                 )
             args.gradient_accumulation_steps = args.global_batch_size // micro_batch
         atexit.register(self.accelerator.state.destroy_process_group)
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError(
+                "`distributed_type` of the launcher must be NO or MULTI_GPU, but is FSDP: networks are not sharded. "
+                "For large teachers use `lora_rank`, `teacher_dtype` bf16 and `gradient_checkpointing`."
+            )
         set_seed(args.seed)
         self.step, self.images_seen, self.train_seconds = 0, 0, 0.0
         self.best_distance: float | None = None
@@ -141,12 +149,12 @@ class Trainer:
 
     def _prepare(self) -> None:
         args, accelerator = self.args, self.accelerator
-        dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]
+        dtype = DTYPES.get(accelerator.mixed_precision)
+        self._teacher_hook = self._prepare_teacher()
         for denoiser in (v for v in vars(self.distiller).values() if isinstance(v, torch.nn.Module)):
-            denoiser.to(accelerator.device)
-            for part in denoiser.modules():
-                if hasattr(part, "autocast_dtype"):  # a `Denoiser`, or an `Autoencoder`
-                    part.autocast_dtype = dtype
+            if not (self._teacher_hook and denoiser is self.distiller.teacher):
+                denoiser.to(accelerator.device)
+            configure_networks(denoiser, dtype, args.gradient_checkpointing)
         self.optimizers, self.lr_schedulers, self.parameters = {}, {}, {}
         for name, network in self.distiller.trainable.items():
             # evaluation mode: no DDP wrapper. Gradients of frozen networks flow in some phases and several forwards
@@ -162,8 +170,7 @@ class Trainer:
             beta1 = args.adam_beta1
             if name == "student" and args.student_adam_beta1 is not None:
                 beta1 = args.student_adam_beta1
-            kind = {"adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}[args.optimizer]
-            optimizer = kind(
+            optimizer = optimizer_class(args.optimizer)(
                 self.parameters[name],
                 lr=rate,
                 betas=(beta1, args.adam_beta2),
@@ -181,6 +188,24 @@ class Trainer:
         if args.ema_halflife_kimg:
             self.ema = HalfLifeEMA(self.parameters["student"], 1000 * args.ema_halflife_kimg, args.ema_rampup_ratio)
         self.max_grad_norm = self.distiller.max_grad_norm if args.max_grad_norm is None else args.max_grad_norm
+
+    def _prepare_teacher(self) -> UserCpuOffloadHook | None:
+        """The frozen weights in their dtype, and where they wait for their use."""
+        args = self.args
+        if not (args.teacher_dtype or args.offload_teacher):
+            return None
+        teacher = getattr(self.distiller, "teacher", None)
+        if teacher is None:
+            raise ValueError(
+                f"`teacher_dtype` and `offload_teacher` need a teacher, but {type(self.distiller).__name__} has none."
+            )
+        if args.teacher_dtype:
+            teacher.to(DTYPES[args.teacher_dtype])
+        if not args.offload_teacher:
+            return None
+        if is_adapted(self.distiller.student.network):
+            raise ValueError("`offload_teacher` must be off with adapters, which live on the teacher's weights.")
+        return cpu_offload_with_hook(teacher.network, self.accelerator.device)[1]
 
     # the loop
 
@@ -280,6 +305,8 @@ class Trainer:
         optimizer.step()
         for other in self.optimizers.values():
             other.zero_grad()
+        if self._teacher_hook:
+            self._teacher_hook.offload()
 
     def generators(self, micro_batch: int, batch_size: int) -> list[torch.Generator]:
         first = (micro_batch * self.accelerator.num_processes + self.accelerator.process_index) * batch_size
@@ -438,12 +465,49 @@ class Trainer:
             file.write(json.dumps(line) + "\n")
 
 
-def average_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parameter]) -> None:
-    """Replace every gradient by its mean over all ranks, in one transfer."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
+def configure_networks(module: torch.nn.Module, autocast_dtype: torch.dtype | None, checkpointing: bool) -> None:
+    """Tell every `Denoiser` (or `Autoencoder`) in `module` in which precision its network is called, and what that
+    keeps."""
+    for part in module.modules():
+        if hasattr(part, "autocast_dtype"):
+            part.autocast_dtype = autocast_dtype
+            if autocast_dtype is not None:
+                leave_dtypes_to_autocast(part.network)
+            if checkpointing:
+                checkpoint_gradients(part.network)
+
+
+def checkpoint_gradients(network: torch.nn.Module) -> None:
+    """Let a network compute most activations again in the backward pass."""
+    if not getattr(network, "_supports_gradient_checkpointing", False):
+        raise ValueError(f"`gradient_checkpointing` must be off for a {type(network).__name__}, which has none.")
+    network.enable_gradient_checkpointing()
+
+
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """The optimizer that a name of `--optimizer` means."""
+    if name != "adamw8bit":
+        return {"adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}[name]
+    if not (torch.cuda.is_available() and is_bitsandbytes_available()):
+        raise ValueError("`optimizer` 'adamw8bit' needs a GPU and bitsandbytes: pip install bitsandbytes.")
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit
+
+
+def average_gradients(
+    accelerator: Accelerator, parameters: list[torch.nn.Parameter], transfer_size: int = 2**26
+) -> None:
+    """Replace every gradient by its mean over all ranks, in transfers of about `transfer_size` numbers."""
+    waiting: list[torch.Tensor] = []
+    for gradient in (*(p.grad for p in parameters if p.grad is not None), None):
+        if gradient is not None:
+            waiting.append(gradient)
+        if waiting and (gradient is None or sum(g.numel() for g in waiting) >= transfer_size):
+            flat = accelerator.reduce(torch.cat([g.flatten() for g in waiting]), "mean")
+            for target, mean in zip(waiting, flat.split([g.numel() for g in waiting]), strict=True):
+                target.copy_(mean.view_as(target))
+            waiting = []
 
 
 def checkpoint_path(output_dir: Path, step: int) -> Path:

@@ -99,6 +99,18 @@ def test_callback_sees_and_changes_the_latents(student):
     assert student(output_type="latent", callback_on_step_end=zero).images.abs().max() == 0
 
 
+def test_callback_knows_the_last_step(unet):
+    seen = []
+
+    def zero_at_the_end(pipeline, step, timestep, tensors):
+        seen.append(step)
+        return {"latents": tensors["latents"] * (step < pipeline.num_timesteps - 1)}
+
+    scheduler = student_scheduler(DDPMScheduler(), "epsilon", [999, 600, 300], 1.0)
+    images = OneStepPipeline(unet, scheduler)(output_type="latent", callback_on_step_end=zero_at_the_end).images
+    assert seen == [0, 1, 2] and images.abs().max() == 0
+
+
 @pytest.mark.parametrize("sigma, library", [(1.0, "diffusers"), (0.93, "diffusers_onestep")])
 def test_saved_student_gives_the_same_image_in_both_pipelines(tmp_path, sigma, library):
     scheduler = student_scheduler(DDPMScheduler(), "epsilon", [440], sigma)

@@ -36,6 +36,13 @@ def test_another_step_count_is_refused():
         OneStepScheduler(student_timesteps=[999]).set_timesteps(4)
 
 
+@pytest.mark.parametrize("timesteps, allowed", [([999], "1, "), (None, "between 1 and 1000, ")])
+@pytest.mark.parametrize("count", [0, -3, 1001])
+def test_counts_without_a_run_are_refused(timesteps, allowed, count):
+    with pytest.raises(ValueError, match=rf"`num_inference_steps` must be {allowed}.*but is {count}"):
+        OneStepScheduler(student_timesteps=timesteps).set_timesteps(count)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -12,8 +12,6 @@
 
 from dataclasses import dataclass, field
 
-from accelerate.utils import set_seed
-
 from diffusers_onestep import DMD
 from diffusers_onestep.arguments import parse_args
 from diffusers_onestep.data import Batches, load_images
@@ -45,7 +43,6 @@ def main(args: DMDArguments) -> None:
             raise ValueError(f"`{name}` must be given with a `{weight}` of {getattr(args, weight)}, but is None.")
     if args.regression_weight and args.gan_weight:
         raise ValueError("`regression_weight` and `gan_weight` must not both be set: DMD has the one, DMD2 the other.")
-    set_seed(args.seed)  # the GAN head starts at random
     teacher = args.load_teacher()
     if args.gan_weight and not teacher.takes_prompts:
         samples = load_images(args.dataset)
@@ -65,6 +62,7 @@ def main(args: DMDArguments) -> None:
         student=args.load_student(),
         student_timesteps=args.student_timesteps,
         sample_shape=teacher.sample_shape,
+        lora=args.lora_config(),
     )
     train_student(distiller, Batches(samples, args.train_batch_size, args.seed), args, teacher)
 

@@ -43,6 +43,7 @@ def main(args: SiDArguments) -> None:
         student=args.load_student(),
         student_timesteps=args.student_timesteps,
         sample_shape=teacher.sample_shape,
+        lora=args.lora_config(),
     )
     train_student(distiller, Batches(samples, args.train_batch_size, args.seed), args, teacher)
 

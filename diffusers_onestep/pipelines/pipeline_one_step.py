@@ -100,6 +100,11 @@ class OneStepPipeline(DiffusionPipeline):
         return None
 
     @property
+    def num_timesteps(self) -> int:
+        """How many steps the present call takes, for callbacks."""
+        return len(self.scheduler.timesteps)
+
+    @property
     def num_labels(self) -> int | None:
         """How many labels can be asked for; None for an unconditional student."""
         embeddings = label_embeddings(self.unet)

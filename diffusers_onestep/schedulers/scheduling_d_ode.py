@@ -140,7 +140,8 @@ class DODESchedulerMixin:
 
     @classmethod
     def _get_compatibles(cls) -> list[type]:
-        stock = super()._get_compatibles()
+        # the list that an EDM scheduler inherits is empty
+        stock = list(dict.fromkeys([cls._stock_class, *super()._get_compatibles()]))
         return stock + [ours for base, ours in DISTILLED_SCHEDULERS.items() if base in stock]
 
     def _check_settings(self, ours: dict[str, Any]) -> None:

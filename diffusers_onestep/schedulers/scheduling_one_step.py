@@ -123,28 +123,29 @@ class OneStepScheduler(SchedulerMixin, ConfigMixin):
         Set the timesteps of a run.
 
         Args:
-            num_inference_steps (`int`, *optional*): How many; a trained student allows its own number alone, and that
-                is the default.
+            num_inference_steps (`int`, *optional*): How many, at least 1; a trained student allows its own number
+                alone, and that is the default.
             device (`str` or `torch.device`, *optional*): Where to put them.
             sigmas, mu: What stock flow pipelines compute for their own grid; only the number of sigmas counts here.
 
         Raises:
-            ValueError: on another number of steps than the student was trained for.
+            ValueError: on another number of steps than the student was trained for, or than there are timesteps.
         """
         trained = self.config.student_timesteps
-        num_inference_steps = num_inference_steps if sigmas is None else len(sigmas)
-        count = num_inference_steps or (len(trained) if trained else 1)
+        count = num_inference_steps if sigmas is None else len(sigmas)
+        if count is None:
+            count = len(trained) if trained else 1
         if trained and count != len(trained):
             raise ValueError(
                 f"`num_inference_steps` must be {len(trained)}, the number that this student was trained for, "
-                f"but is {num_inference_steps}."
+                f"but is {count}."
             )
         if trained:
             timesteps = torch.as_tensor(trained)
         else:
             n = self.config.num_train_timesteps
-            if count > n:
-                raise ValueError(f"`num_inference_steps` must be at most {n}, but is {count}.")
+            if not 1 <= count <= n:
+                raise ValueError(f"`num_inference_steps` must be between 1 and {n}, but is {count}.")
             index = np.round(np.arange(n, 0, -n / count)[:count]).astype(np.int64) - 1
             timesteps = self.schedule.grid(torch.from_numpy(index))
         self.num_inference_steps = count

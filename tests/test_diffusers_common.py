@@ -1,0 +1,222 @@
+"""diffusers' own common tests, on our schedulers and on `OneStepPipeline`.
+
+They are not in diffusers' wheel, so they run where a checkout of diffusers is given:
+
+    git clone --depth 1 --branch v0.42.1 https://github.com/huggingface/diffusers /tmp/diffusers
+    DIFFUSERS_CHECKOUT=/tmp/diffusers pytest tests/test_diffusers_common.py
+"""
+
+import importlib
+import os
+import sys
+from unittest import mock
+
+import pytest
+from conftest import tiny_unet
+from diffusers import DDPMScheduler
+from diffusers.utils import is_torchsde_available
+from test_d_ode import build, table
+
+from diffusers_onestep import OneStepPipeline, OneStepScheduler
+from diffusers_onestep.schedulers import student_scheduler
+
+CHECKOUT = os.environ.get("DIFFUSERS_CHECKOUT")
+if not CHECKOUT:
+    pytest.skip("`DIFFUSERS_CHECKOUT` must be the folder of a diffusers checkout", allow_module_level=True)
+sys.path.insert(0, CHECKOUT)  # before other packages that install a `tests`
+schedulers = importlib.import_module("tests.schedulers.test_schedulers")
+pipelines = importlib.import_module("tests.pipelines.testing_utils")
+params = importlib.import_module("tests.pipelines.pipeline_params")
+sys.path.remove(CHECKOUT)
+
+
+def does_not_apply(reason):
+    @pytest.mark.skip(reason=reason)
+    def test(self):
+        pass
+
+    return test
+
+
+class Scheduler:
+    @property
+    def scheduler_classes(self):
+        return (type(self.scheduler()),)
+
+    def get_scheduler_config(self, **config):
+        own = self.scheduler().config
+        return {k: v for k, v in own.items() if not k.startswith("_") and k not in own["_use_default_values"]} | config
+
+    @pytest.mark.skipif(not is_torchsde_available(), reason="makes a scheduler that needs torchsde")
+    def test_compatibles(self):
+        super().test_compatibles()
+
+
+# OneStepScheduler
+
+
+class TestFreeSteps(Scheduler, schedulers.SchedulerCommonTest):
+    def scheduler(self):
+        return OneStepScheduler()
+
+
+class FewSteps(Scheduler):
+    timesteps = [999, 874, 749, 624, 499, 374, 249, 124]
+    default_num_inference_steps = 8
+
+    def scheduler(self):
+        return OneStepScheduler(student_timesteps=self.timesteps, init_noise_sigma=0.9)
+
+    test_trained_betas = does_not_apply("two betas hold no timestep of the student's")
+
+
+class TestFewSteps(FewSteps, schedulers.SchedulerCommonTest):
+    pass
+
+
+class OneStep(FewSteps):
+    timesteps = [440]
+    default_num_inference_steps = 1
+    test_add_noise_device = does_not_apply("adds noise at the sixth timestep of a run, where there is one")
+
+
+class TestOneStep(OneStep, schedulers.SchedulerCommonTest):
+    pass
+
+
+class TestTrajectory(OneStep, schedulers.SchedulerCommonTest):
+    def scheduler(self):
+        return OneStepScheduler(student_timesteps=[0], parameterization="trajectory", start_timestep=999)
+
+
+EDM = {"schedule_type": "edm", "prediction_type": "edm"}
+
+
+class TestEDM(Scheduler, schedulers.SchedulerCommonTest):
+    def scheduler(self):
+        return OneStepScheduler(**EDM)
+
+    test_trained_betas = does_not_apply("EDM has no betas")
+
+
+class TestTrajectoryOfEDM(OneStep, schedulers.SchedulerCommonTest):
+    def scheduler(self):
+        return OneStepScheduler(student_timesteps=[-1.5], parameterization="trajectory", start_timestep=1.095, **EDM)
+
+    test_trained_betas = does_not_apply("EDM has no betas")
+
+
+class TestFlow(Scheduler, schedulers.SchedulerCommonTest):
+    def scheduler(self):
+        return OneStepScheduler(schedule_type="flow", prediction_type="flow_prediction")
+
+    test_trained_betas = does_not_apply("flow has no betas")
+
+
+# distilled solvers
+
+
+class Distilled(Scheduler):
+    """With a table of the fifty steps that diffusers' tests take."""
+
+    def scheduler(self):
+        solver = build(self.solver)
+        solver.set_timesteps(50)
+        return build(self.solver, dode_tables=table(solver, 50, [0.1] * len(solver.timesteps)))
+
+
+class TestDistilledDDIM(Distilled, schedulers.SchedulerCommonTest):
+    solver = "ddim"
+
+
+class TestDistilledPNDM(Distilled, schedulers.SchedulerCommonTest):
+    solver = "plms"
+
+
+class TestDistilledPNDMAsIPNDM(Distilled, schedulers.SchedulerCommonTest):
+    solver = "ipndm"
+
+
+class TestDistilledDPMSolverMultistep(Distilled, schedulers.SchedulerCommonTest):
+    solver = "dpm2"
+
+
+class TestDistilledDPMSolverMultistepOfOrder3(Distilled, schedulers.SchedulerCommonTest):
+    solver = "dpm3"
+
+
+class TestDistilledDEISMultistep(Distilled, schedulers.SchedulerCommonTest):
+    solver = "deis"
+
+
+class TestDistilledDPMSolverSinglestep(Distilled, schedulers.SchedulerCommonTest):
+    solver = "single2"
+
+
+class TestDistilledEulerDiscrete(Distilled, schedulers.SchedulerCommonTest):
+    solver = "euler-karras"
+
+
+class TestDistilledHeunDiscrete(Distilled, schedulers.SchedulerCommonTest):
+    solver = "heun"
+
+
+class TestDistilledEDMEuler(Distilled, schedulers.SchedulerCommonTest):
+    solver = "edm-euler"
+    test_trained_betas = does_not_apply("EDM has no betas")
+
+    def setUp(self):
+        # diffusers' tests ask this class by name, and it alone, for timesteps of its schedule
+        patch = mock.patch.object(schedulers, "EDMEulerScheduler", self.scheduler_classes[0])
+        patch.start()
+        self.addCleanup(patch.stop)
+
+
+class TestDistilledEDMDPMSolverMultistep(Distilled, schedulers.SchedulerCommonTest):
+    solver = "edm-dpm"
+    test_trained_betas = does_not_apply("EDM has no betas")
+
+
+# OneStepPipeline
+
+
+class Pipeline(
+    pipelines.PipelineTesterMixin,
+    pipelines.PipelineOffloadTesterMixin,
+    pipelines.GroupOffloadTesterMixin,
+    pipelines.LayerwiseCastingTesterMixin,
+    pipelines.BasePipelineTesterConfig,
+):
+    pipeline_class = OneStepPipeline
+    required_input_params_in_call_signature = params.UNCONDITIONAL_IMAGE_GENERATION_PARAMS
+    batch_input_params = params.UNCONDITIONAL_IMAGE_GENERATION_BATCH_PARAMS
+    output_shape = (1, 16, 16)
+    classes = None
+    timesteps, init_noise_sigma = [440], 0.93
+    inputs = {"batch_size": 1}
+
+    def get_dummy_components(self):
+        scheduler = student_scheduler(DDPMScheduler(), "epsilon", self.timesteps, self.init_noise_sigma)
+        return {"unet": tiny_unet(self.classes), "scheduler": scheduler}
+
+    def get_dummy_inputs(self):
+        steps = len(self.timesteps)
+        return self.inputs | {"generator": self.get_generator(0), "num_inference_steps": steps, "output_type": "pt"}
+
+    test_cfg = does_not_apply("a student refuses guidance at sampling time")
+    test_callback_cfg = does_not_apply("a student refuses guidance at sampling time")
+
+
+class TestUnconditionalPipeline(Pipeline):
+    test_num_images_per_prompt = does_not_apply("asks for more images through labels")
+
+
+class TestFewStepPipeline(TestUnconditionalPipeline):
+    timesteps, init_noise_sigma = [999, 749, 499, 249], 1.0
+
+
+class TestClassConditionalPipeline(Pipeline):
+    required_input_params_in_call_signature = params.CLASS_CONDITIONED_IMAGE_GENERATION_PARAMS
+    batch_input_params = params.CLASS_CONDITIONED_IMAGE_GENERATION_BATCH_PARAMS
+    classes = 3
+    inputs = {"class_labels": 1}
