@@ -13,7 +13,7 @@ from .conditions import Labels, label_embeddings, label_ids, named_labels
 from .denoiser import Cond, Denoiser, GuidedDenoiser
 from .methods.base import sample_shape_of
 from .pipelines import OneStepPipeline
-from .repository import resolve_model
+from .repository import load_index, resolve_model
 from .sampling import sample
 from .schedulers import student_scheduler
 from .schedules import EDMSchedule, FlowSchedule, NoiseSchedule
@@ -31,6 +31,7 @@ class Teacher:
         denoiser (`Denoiser`): `(x_t, t, cond) -> x0`, frozen and in eval mode.
         pipeline (`DiffusionPipeline`): where it came from.
         sample_shape (`tuple[int, int, int]`): `(C, H, W)` of model space.
+        name (`str`, *optional*): what it was loaded as, at `revision`; for the cards of its students.
 
     Example:
 
@@ -51,6 +52,8 @@ class Teacher:
                 f"or a StableDiffusionPipeline, but is {type(pipeline).__name__}."
             )
         self.pipeline = pipeline
+        self.name: str | None = None
+        self.revision: str | None = None
         self.id2label = named_labels(id2label, pipeline.unet)
         self.scheduler = pipeline.scheduler
         network = pipeline.unet.requires_grad_(False).eval()
@@ -78,13 +81,15 @@ class Teacher:
             device (`str` or `torch.device`, *optional*): where to put it.
         """
         path = resolve_model(path_or_id)
-        index = DiffusionPipeline.load_config(path, revision=revision)
+        index = load_index(path, revision=revision)
         pipeline = DiffusionPipeline.from_pretrained(
             path, revision=revision, variant=variant, use_safetensors=True, **({"dtype": dtype} if dtype else {})
         )
         if device is not None:
             pipeline.to(device)
-        return cls(pipeline, index.get("id2label"))
+        teacher = cls(pipeline, index.get("id2label"))
+        teacher.name, teacher.revision = str(path_or_id), revision
+        return teacher
 
     @property
     def num_labels(self) -> int | None:

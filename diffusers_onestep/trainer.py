@@ -29,7 +29,9 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from .arguments import TrainArguments
+from .hub import create_model_card
 from .methods.base import Batch, Distiller
+from .records import RUN_RECORD, run_record, without_secret_settings
 from .repository import write_json
 
 logger = get_logger(__name__)
@@ -137,6 +139,7 @@ class Trainer:
         self.step, self.images_seen, self.train_seconds = 0, 0, 0.0
         self.best_distance: float | None = None
         self._stop_signal = None
+        self._record: dict = {}
         self._prepare()
 
     def _prepare(self) -> None:
@@ -197,9 +200,11 @@ class Trainer:
             for later in checkpoints(self.output_dir):
                 if int(later.name[5:]) > self.step:
                     remove_checkpoint(later)
-            write_json(self.output_dir / "training_args.json", asdict(args))
+            args.open_repository(self.output_dir)
+            self._record = self.start_record()
+            write_json(self.output_dir / "training_args.json", self.settings)
             truncate_log(self.output_dir / "log.jsonl", self.step)
-        accelerator.init_trackers("diffusers-onestep", config=_scalars(asdict(args)))
+        accelerator.init_trackers("diffusers-onestep", config=_scalars(self.settings))
         if self.step >= args.max_train_steps:  # perhaps stopped between the last checkpoint and the student
             self.write_student()
         stream = self.stream(batches)
@@ -225,6 +230,8 @@ class Trainer:
                     self.leave(stopping)
         bar.close()
         self.finish_trackers()
+        if accelerator.is_main_process:
+            args.push(self.output_dir)
 
     def train_step(self, micro_batches: list[Batch]) -> dict[str, float]:
         """One student update and all that belongs to it; returns the mean loss of each network."""
@@ -373,8 +380,31 @@ class Trainer:
         """The student as it stands, into the output folder."""
         if self.accelerator.is_main_process and self.save_student is not None:
             with self.averaged(), torch.no_grad():
-                self.save_student(self.output_dir)
+                self.write_repository(self.output_dir)
         self.accelerator.wait_for_everyone()
+
+    def write_repository(self, folder: Path) -> None:
+        """The student, what its card is made of, and the card."""
+        self.save_student(folder)
+        write_json(folder / "training_args.json", self.settings)
+        numbers = {"steps": self.step, "images_seen": self.images_seen, "seconds": round(self.train_seconds, 1)}
+        write_json(folder / RUN_RECORD, self._record | numbers | {"best_distance": self.best_distance})
+        create_model_card(folder)
+
+    @property
+    def settings(self) -> dict:
+        """The arguments, without secrets."""
+        return without_secret_settings(asdict(self.args))
+
+    def start_record(self) -> dict:
+        """Method, teacher, command, versions and hardware of this run."""
+        origin = getattr(self.distiller, "origin", None)
+        return run_record(
+            type(self.distiller).__name__,
+            self.distiller.paper,
+            getattr(self.args, "pretrained_teacher_model", None) or getattr(origin, "name", None),
+            getattr(self.args, "revision", None) or getattr(origin, "revision", None),
+        )
 
     def resume(self) -> None:
         """Load the checkpoint that `resume_from_checkpoint` names; "latest" without one starts afresh."""
@@ -420,7 +450,7 @@ class Trainer:
                 best = math.inf if self.best_distance is None else self.best_distance
                 if distance < best and self.save_student is not None:
                     self.best_distance = distance
-                    self.save_student(self.output_dir / "best")
+                    self.write_repository(self.output_dir / "best")
             if values:
                 self.write_log(values)
         self.accelerator.wait_for_everyone()

@@ -3,22 +3,23 @@
     accelerate launch training/evaluate.py --model fashion32-onestep --pretrained_teacher_model fashion32 \\
         --teacher_steps 1 5 50 --num_samples 10000 --output_dir evaluation
 
-writes `metrics.json`, `samples.png` (teacher above the first student, same noises) and `quality.png`.
+writes `metrics.json`, `samples.png` (teacher above the first student, same noises) and `quality.png`. In a student's
+own folder, which is the default, the numbers go into its card too, and `--push_to_hub` pushes it.
 """
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate import Accelerator
 
-from diffusers_onestep import OneStepPipeline, OneStepScheduler, Teacher, evaluate
-from diffusers_onestep.arguments import parse_args
+from diffusers_onestep import OneStepPipeline, OneStepScheduler, Teacher, create_model_card, evaluate
+from diffusers_onestep.arguments import HubArguments, parse_args
 from diffusers_onestep.evaluation import comparison_grid, markdown_table, quality_plot, write_metrics
+from diffusers_onestep.records import command_line
 
 
 @dataclass
-class EvaluateArguments:
+class EvaluateArguments(HubArguments):
     model: list[str] = field(default_factory=list, metadata={"help": "Students: folders, Hub ids or shipped names."})
     output_dir: str | None = field(
         default=None, metadata={"help": "Where the numbers and pictures go; default: the first student's folder."}
@@ -53,6 +54,11 @@ def main(args: EvaluateArguments) -> None:
     if args.output_dir is None and not (args.model and Path(args.model[0]).is_dir()):
         raise ValueError("`output_dir` must be given unless the first `model` is a folder, but is None.")
     output_dir = Path(args.output_dir or args.model[0])
+    in_student = (output_dir / "model_index.json").is_file()
+    if args.push_to_hub and not in_student:
+        raise ValueError(f"`output_dir` must be the student's folder to be pushed, but is {args.output_dir!r}.")
+    if state.is_main_process:
+        args.open_repository(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     shared = {
         "num_samples": args.num_samples,
@@ -76,7 +82,7 @@ def main(args: EvaluateArguments) -> None:
     if not state.is_main_process:
         return
     print(markdown_table(rows))
-    write_metrics(output_dir / "metrics.json", rows, command=" ".join(["accelerate launch", *sys.argv]))
+    write_metrics(output_dir / "metrics.json", rows, command=command_line() or "")
     quality_plot(rows, output_dir / "quality.png")
     if teacher and students:
         pipeline, steps = students[0], model_steps(students[0], args)[-1]
@@ -88,6 +94,9 @@ def main(args: EvaluateArguments) -> None:
             output_dir / "samples.png",
             seed=args.seed,
         )
+    if in_student:
+        create_model_card(output_dir)
+    args.push(output_dir)
 
 
 if __name__ == "__main__":
