@@ -38,7 +38,7 @@ _RESTRICTIONS = {
 # cards
 
 
-def create_model_card(folder: str | Path, *, repo_id: str | None = None) -> Path:
+def create_model_card(folder: str | Path, *, repo_id: str | None = None, revision: str | None = None) -> Path:
     """Write the card of a student (or solver, or teacher) from what its folder holds, as `README.md`.
 
     It is made of the configs, `training_args.json`, `training_run.json`, `metrics.json`, the pictures, and `notes.md`,
@@ -47,6 +47,7 @@ def create_model_card(folder: str | Path, *, repo_id: str | None = None) -> Path
     Args:
         folder (`str` or `Path`): what a script of `training/` wrote.
         repo_id (`str`, *optional*): what the card's code loads; by default the folder.
+        revision (`str`, *optional*): branch that it loads.
 
     Returns:
         `Path`: of the card.
@@ -66,24 +67,26 @@ def create_model_card(folder: str | Path, *, repo_id: str | None = None) -> Path
     if path.is_file() and not _is_ours(path.read_text(encoding="utf-8")):
         logger.warning(f"{path} was edited by hand and stays as it is; delete it to have it made anew.")
     else:
-        write_text(path, render_card(folder, repo_id or str(folder)))
+        write_text(path, render_card(folder, repo_id or str(folder), revision))
     return path
 
 
-def render_card(folder: str | Path, name: str, pictures: dict[str, str] | None = None) -> str:
+def render_card(
+    folder: str | Path, name: str, revision: str | None = None, pictures: dict[str, str] | None = None
+) -> str:
     """The text of a card.
 
     Args:
         folder (`str` or `Path`): what it describes.
         name (`str`): what its code loads: a Hub id, a folder or a shipped name.
+        revision (`str`, *optional*): branch that it loads.
         pictures (`dict`, *optional*): path by kind (`"samples"`, `"quality"`, `"health"`, ...); by default the PNG
             files of the folder.
     """
-    facts = card_facts(Path(folder), name)
+    facts = card_facts(Path(folder), name, revision)
     if pictures is None:
         pictures = {file.stem: file.name for file in sorted(Path(folder).glob("*.png"))}
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters["quoted"] = json.dumps
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     text = template.render(metadata=card_metadata(facts).to_yaml(), pictures=pictures, **facts)
     text = re.sub(r"\n{3,}", "\n\n", without_secrets(text)).rstrip() + "\n\n"
@@ -97,7 +100,7 @@ def _is_ours(text: str) -> bool:
     return ending is not None and hashlib.sha256(text[: ending.start()].encode()).hexdigest()[:16] == ending.group(1)
 
 
-def card_facts(folder: Path, name: str) -> dict[str, Any]:
+def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str, Any]:
     """What the template tells, read from the folder's files."""
     files = ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json")
     files += ("training_args.json", RUN_RECORD, "metrics.json")
@@ -120,7 +123,8 @@ def card_facts(folder: Path, name: str) -> dict[str, Any]:
     own = [row for row in rows if row.model == _own_name(rows, kind)]
     teacher = run.get("teacher")
     return {
-        "name": name,
+        "source": _arguments(name, revision),
+        "stock_source": _arguments(name, revision, stock=True),
         "title": name if "/" not in name or not Path(name).is_dir() else Path(name).name,
         "shipped": _is_shipped(name),
         "kind": kind,
@@ -130,10 +134,11 @@ def card_facts(folder: Path, name: str) -> dict[str, Any]:
         "whole": bool(parts),
         "stock": index.get("_class_name") != "OneStepPipeline"
         and {entry[0] for entry in parts.values()} <= {"diffusers", "transformers"},
-        "labels": [names[key] for key in list(names)[:1]] or [0] * bool(count),
+        "labels": json.dumps([next(iter(names.values()), 0)]) if count else None,
         "prompts": "text_encoder" in index or bool(settings.get("prompts")),
         "guidance_scale": settings.get("guidance_scale", 1.0),
         "teacher": teacher,
+        "teacher_source": teacher and _arguments(teacher, run.get("revision"), stock=True),
         "teacher_shipped": teacher is not None and _is_shipped(teacher),
         "run": run,
         "paper": run.get("paper"),
@@ -155,6 +160,14 @@ def card_facts(folder: Path, name: str) -> dict[str, Any]:
 
 def _steps(item: tuple[str, Any]) -> int:
     return int(item[0])
+
+
+def _arguments(name: str, revision: str | None, stock: bool = False) -> str:
+    """How code names a model to `from_pretrained`, ours or (which does not know the shipped ones) a stock one."""
+    source = json.dumps(name)
+    if stock and _is_shipped(name):
+        source = f"shipped_model({source})"
+    return source if revision is None else f"{source}, revision={json.dumps(revision)}"
 
 
 def _is_shipped(name: str) -> bool:
@@ -327,7 +340,7 @@ def push_student(
     again += [] if revision is None else ["--revision", revision]
     try:
         name = open_repository(repo_id, private=private, token=token)
-        create_model_card(folder, repo_id=name)
+        create_model_card(folder, repo_id=name, revision=None if create_pr else revision)
         files = student_files(folder)
         _check_secrets(folder, files)
         if revision is not None and not create_pr:
@@ -354,10 +367,11 @@ def push_student(
 
 def _reason(error: Exception) -> str:
     """`: the reason.`, and what to do about it where that is known."""
+    chain = [error] if error.__cause__ is None else [error, error.__cause__]
     advice = {401: " Log in with `hf auth login`.", 403: " Your token must have write access there."}
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    first = without_secrets(str(error).strip() or type(error).__name__).splitlines()[0]
-    return f": {first.rstrip('.')}.{advice.get(status, '')}"
+    known = [advice.get(getattr(getattr(e, "response", None), "status_code", None), "") for e in chain]
+    lines = [without_secrets(str(e).strip() or type(e).__name__).splitlines()[0].rstrip(".") for e in chain]
+    return f": {': '.join(lines)}.{known[-1]}"
 
 
 def _check_secrets(folder: Path, files: list[str]) -> None:
