@@ -5,7 +5,6 @@ import hashlib
 import json
 import re
 import shlex
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from huggingface_hub import CommitInfo, EvalResult, HfApi, ModelCard, ModelCardD
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .evaluation import Metrics, markdown_table
+from .evaluation import markdown_table
 from .records import RUN_RECORD, without_secrets
 from .repository import ASSETS, read_json, resolve_model, write_text
 
@@ -100,13 +99,21 @@ def _is_ours(text: str) -> bool:
     return ending is not None and hashlib.sha256(text[: ending.start()].encode()).hexdigest()[:16] == ending.group(1)
 
 
+class _Row(dict):
+    """A JSON object, such as a row of `Metrics`, whose keys are attributes; None if it lacks one."""
+
+    __getattr__ = dict.get
+
+
 def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str, Any]:
     """What the template tells, read from the folder's files."""
     files = ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json")
-    files += ("training_args.json", RUN_RECORD, "metrics.json")
-    index, scheduler, network, settings, run, metrics = (
+    files += ("training_args.json", RUN_RECORD)
+    index, scheduler, network, settings, run = (
         read_json(folder / file) if (folder / file).is_file() else {} for file in files
     )
+    measured = folder / "metrics.json"
+    metrics = json.loads(measured.read_text(encoding="utf-8"), object_hook=_Row) if measured.is_file() else _Row()
     if not scheduler:
         raise ValueError(f"`folder` must hold a model or a scheduler, but {str(folder)!r} has no scheduler/.")
     tables = {int(steps): table for steps, table in sorted((scheduler.get("dode_tables") or {}).items(), key=_steps)}
@@ -117,8 +124,7 @@ def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str
     parts = {part: entry for part, entry in index.items() if isinstance(entry, list) and entry[0]}
     names = index.get("id2label") or network.get("id2label") or run.get("id2label") or {}
     count = len(names) or network.get("num_class_embeds") or run.get("num_labels")
-    known = {field.name for field in fields(Metrics)}
-    rows = [Metrics(**{k: v for k, v in row.items() if k in known}) for row in metrics.get("results", [])]
+    rows = metrics.results or []
     notes = folder / "notes.md"
     own = [row for row in rows if row.model == _own_name(rows, kind)]
     teacher = run.get("teacher")
@@ -174,16 +180,16 @@ def _is_shipped(name: str) -> bool:
     return Path(resolve_model(name)).is_relative_to(ASSETS)
 
 
-def _own_name(rows: list[Metrics], kind: str) -> str | None:
+def _own_name(rows: list[_Row], kind: str) -> str | None:
     """The name of the card's model in its metrics: the first that is not the teacher, which stands beside it; a model
     of as many steps as a teacher may have been measured as one."""
     names = [row.model for row in rows if row.model != "teacher"]
     return names[0] if names else "teacher" if kind == "model" else None
 
 
-def _not_measured(rows: list[Metrics], own: list[Metrics], kind: str, teacher: str | None) -> list[str]:
+def _not_measured(rows: list[_Row], own: list[_Row], kind: str, teacher: str | None) -> list[str]:
     """What a reader might look for in vain."""
-    measured = " ".join(row.metric for row in own).casefold()
+    measured = " ".join(name for row in own for name in row.scores or [row.metric]).casefold()
     missing = [] if own else ["any distance between its images and real ones, and its speed"]
     if own and "fid" not in measured.split():
         missing.append("FID (with Inception-v3 features)")
@@ -215,14 +221,15 @@ def card_metadata(facts: dict[str, Any]) -> ModelCardData:
     results = [
         EvalResult(
             task_type=task,
-            dataset_type="fashion_mnist" if row.metric.endswith("-fashion") else "custom",
-            dataset_name="Fashion-MNIST (test)" if row.metric.endswith("-fashion") else "reference statistics",
-            metric_type=row.metric.lower(),
-            metric_name=f"{row.metric}, NFE {row.nfe}",
-            metric_value=round(row.value, 4),
-            metric_args={"nfe": row.nfe, "num_samples": row.num_samples, "seed": row.seed},
+            dataset_type="fashion_mnist" if name.endswith("-fashion") else "custom",
+            dataset_name=row.reference or ("Fashion-MNIST (test)" if name.endswith("-fashion") else "see the card"),
+            metric_type=name.lower(),
+            metric_name=f"{name}, NFE {row.nfe}",
+            metric_value=round(score.value, 4),
+            metric_args={"nfe": row.nfe, "num_samples": score.num_samples, "seed": row.seed},
         )
         for row in facts["own_rows"]
+        for name, score in (row.scores or {row.metric: row}).items()
     ]
     return ModelCardData(
         **{key: facts["license"].get(key) for key in ("license", "license_name", "license_link")},
