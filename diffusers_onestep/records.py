@@ -95,7 +95,9 @@ def license_of(path_or_id: str, revision: str | None = None) -> dict[str, Any]:
     return found
 
 
-def run_record(method: str, paper: Paper, teacher: str | None = None, revision: str | None = None) -> dict[str, Any]:
+def run_record(
+    method: str, paper: Paper, teacher: str | None = None, revision: str | None = None, license: str | None = None
+) -> dict[str, Any]:
     """What stays the same through a run, for `training_run.json`: method, teacher and its licence, command, versions,
     hardware.
 
@@ -104,6 +106,7 @@ def run_record(method: str, paper: Paper, teacher: str | None = None, revision: 
         paper (`Paper`): where it comes from.
         teacher (`str`, *optional*): as it was given: a Hub id, a folder or a shipped name.
         revision (`str`, *optional*): of the teacher's repository.
+        license (`str`, *optional*): of a model without a teacher; others inherit theirs.
     """
     on_hub = teacher is not None and not Path(resolve_model(teacher)).is_dir()
     return {
@@ -112,5 +115,5 @@ def run_record(method: str, paper: Paper, teacher: str | None = None, revision: 
         "teacher": teacher,
         "base_model": teacher if on_hub else None,
         "revision": revision,
-        "license": license_of(teacher, revision) if teacher else {},
+        "license": license_of(teacher, revision) if teacher else {"license": license} if license else {},
     } | provenance(command_line())

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,20 @@ def load_index(path_or_id: str, **hub: Any) -> dict[str, Any]:
         raise ValueError(f"{about} has no model_index.json: it holds no pipeline.") from error
     except HFValidationError as error:
         raise ValueError(f"{about} is none of them.") from error
+
+
+@contextmanager
+def safetensors_only(path_or_id: str) -> Iterator[None]:
+    """Load with `use_safetensors=True` inside: the error of weights that are none says why they are not loaded."""
+    try:
+        yield
+    except OSError as error:
+        if "safetensors" not in str(error):
+            raise
+        raise OSError(
+            f"{path_or_id!r} must have its weights as safetensors: others are pickles, which can run code when loaded. "
+            f"Ask its authors for safetensors, or convert the weights if you trust them. ({error})"
+        ) from error
 
 
 def write_repository(pipeline: DiffusionPipeline, folder: Path) -> None:

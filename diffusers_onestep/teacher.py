@@ -13,7 +13,7 @@ from .conditions import Labels, label_embeddings, label_ids, named_labels
 from .denoiser import Cond, Denoiser, GuidedDenoiser
 from .methods.base import sample_shape_of
 from .pipelines import OneStepPipeline
-from .repository import load_index, resolve_model
+from .repository import load_index, resolve_model, safetensors_only
 from .sampling import sample
 from .schedulers import student_scheduler
 from .schedules import EDMSchedule, FlowSchedule, NoiseSchedule
@@ -82,9 +82,10 @@ class Teacher:
         """
         path = resolve_model(path_or_id)
         index = load_index(path, revision=revision)
-        pipeline = DiffusionPipeline.from_pretrained(
-            path, revision=revision, variant=variant, use_safetensors=True, **({"dtype": dtype} if dtype else {})
-        )
+        with safetensors_only(path):
+            pipeline = DiffusionPipeline.from_pretrained(
+                path, revision=revision, variant=variant, use_safetensors=True, **({"dtype": dtype} if dtype else {})
+            )
         if device is not None:
             pipeline.to(device)
         teacher = cls(pipeline, index.get("id2label"))

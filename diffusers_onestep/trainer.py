@@ -383,9 +383,11 @@ class Trainer:
                 self.write_repository(self.output_dir)
         self.accelerator.wait_for_everyone()
 
-    def write_repository(self, folder: Path) -> None:
+    def write_repository(self, folder: Path, picture: Path | None = None) -> None:
         """The student, what its card is made of, and the card."""
         self.save_student(folder)
+        if picture is not None and picture.is_file():
+            shutil.copy(picture, folder)
         write_json(folder / "training_args.json", self.settings)
         numbers = {"steps": self.step, "images_seen": self.images_seen, "seconds": round(self.train_seconds, 1)}
         write_json(folder / RUN_RECORD, self._record | numbers | {"best_distance": self.best_distance})
@@ -398,12 +400,13 @@ class Trainer:
 
     def start_record(self) -> dict:
         """Method, teacher, command, versions and hardware of this run."""
-        origin = getattr(self.distiller, "origin", None)
+        origin, args = getattr(self.distiller, "origin", None), self.args
         return run_record(
             type(self.distiller).__name__,
             self.distiller.paper,
-            getattr(self.args, "pretrained_teacher_model", None) or getattr(origin, "name", None),
-            getattr(self.args, "revision", None) or getattr(origin, "revision", None),
+            getattr(args, "pretrained_teacher_model", None) or getattr(origin, "name", None),
+            getattr(args, "revision", None) or getattr(origin, "revision", None),
+            getattr(args, "license", None),
         )
 
     def resume(self) -> None:
@@ -450,7 +453,7 @@ class Trainer:
                 best = math.inf if self.best_distance is None else self.best_distance
                 if distance < best and self.save_student is not None:
                     self.best_distance = distance
-                    self.write_repository(self.output_dir / "best")
+                    self.write_repository(self.output_dir / "best", picture=self.output_dir / "samples.png")
             if values:
                 self.write_log(values)
         self.accelerator.wait_for_everyone()

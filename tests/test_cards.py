@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -70,6 +71,40 @@ def test_a_training_run_leaves_a_card_that_runs(student, licensed, tmp_path, mon
     for code in blocks:
         exec(code, {})
         (tmp_path / "sample.png").unlink()
+
+
+@pytest.mark.parametrize(
+    "name, method, flags",
+    [
+        ("train_sid", "SiD", []),
+        ("train_pid", "PID", ["--distance", "l2", "--num_points", "4"]),
+        ("train_dkdm", "DKDM", ["--shrink", "0.5", "--num_steps", "4", "--validation_inference_steps", "2"]),
+    ],
+)
+def test_every_script_leaves_a_card(name, method, flags, licensed, tmp_path, monkeypatch):
+    module = script(name)
+    (arguments,) = [v for k, v in vars(module).items() if k == f"{method}Arguments"]
+    flags = ["--pretrained_teacher_model", str(licensed), "--output_dir", str(tmp_path / "out"), *flags]
+    module.main(parse_args(arguments, [*flags, "--max_train_steps", "1", "--train_batch_size", "2"]))
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.license == "creativeml-openrail-m" and method.lower() in card.data.tags
+    assert f"Method: {method}, [" in card.text and f"Teacher: `{licensed}`" in card.text
+    monkeypatch.chdir(tmp_path)
+    for code in python_blocks(card.text):
+        exec(code, {})
+
+
+def test_teachers_have_cards_too(tmp_path, monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (8, 16, 16), dtype=np.uint8)
+    labels = np.arange(8) % 2
+    np.savez(tmp_path / "data.npz", images_train=images, labels_train=labels, class_names=np.array(["cat", "dog"]))
+    module = script("train_teacher")
+    flags = ["--dataset", str(tmp_path / "data.npz"), "--output_dir", str(tmp_path / "out"), "--max_train_steps", "1"]
+    module.main(parse_args(module.TeacherArguments, [*flags, "--train_batch_size", "2", "--license", "mit"]))
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.license == "mit" and "distillation" not in card.data.tags and 'class_labels=["cat"]' in card.text
+    monkeypatch.chdir(tmp_path)
+    exec(python_blocks(card.text)[0], {})
 
 
 def test_its_settings_are_a_file_that_runs_again(student, tmp_path):

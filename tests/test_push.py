@@ -324,8 +324,9 @@ def test_pickles_and_code_of_a_repository_are_refused(hub, tmp_path):
         hub.repositories[f"user/{name}"] = Repository()
         hub.repositories[f"user/{name}"].commit("main", files, "theirs")
     for place in ("user/pickled", tmp_path / "pickled"):
-        with pytest.raises(OSError, match=r"safetensors"):
-            OneStepPipeline.from_pretrained(place)
+        for load in (OneStepPipeline.from_pretrained, Teacher.from_pretrained):
+            with pytest.raises(OSError, match=r"must have its weights as safetensors: others are pickles"):
+                load(place)
     with pytest.raises(ValueError, match=r"`use_safetensors` must be True"):
         OneStepPipeline.from_pretrained("user/pickled", use_safetensors=False)
     for place in ("user/coded", tmp_path / "coded"):

@@ -16,7 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..conditions import Labels, label_embeddings, label_ids, named_labels
 from ..methods.base import uniform
-from ..repository import load_index, resolve_model
+from ..repository import load_index, resolve_model, safetensors_only
 from ..schedulers import OneStepScheduler
 
 PIXEL_PIPELINES = ("OneStepPipeline", "ConsistencyModelPipeline", "DDPMPipeline", "DDIMPipeline")
@@ -84,7 +84,8 @@ class OneStepPipeline(DiffusionPipeline):
                     f"`pretrained_model_name_or_path` must name a pipeline of {PIXEL_PIPELINES}, "
                     f"but {path!r} names {name!r}."
                 )
-        return super().from_pretrained(path, **kwargs)
+        with safetensors_only(path):
+            return super().from_pretrained(path, **kwargs)
 
     def to_json_string(self) -> str:
         # the stock pipeline samples the same student, so that is what the index names; but not transformers
