@@ -91,7 +91,7 @@ def safetensors_only(path_or_id: str) -> Iterator[None]:
         if "safetensors" not in str(error):
             raise
         raise OSError(
-            f"{path_or_id!r} must have its weights as safetensors: others are pickles, which can run code when loaded. "
+            f"{path_or_id!r} must have its weights as safetensors: others are pickles, which can run code. "
             f"Ask its authors for safetensors, or convert the weights if you trust them. ({error})"
         ) from error
 
