@@ -125,7 +125,7 @@ def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str
     names = index.get("id2label") or network.get("id2label") or run.get("id2label") or {}
     count = len(names) or network.get("num_class_embeds") or run.get("num_labels")
     rows = metrics.results or []
-    notes = folder / "notes.md"
+    notes, notice = folder / "notes.md", folder / "NOTICE"
     own = [row for row in rows if row.model == _own_name(rows, kind)]
     teacher = run.get("teacher")
     return {
@@ -150,6 +150,7 @@ def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str
         "paper": run.get("paper"),
         "bibtex": _bibtex(run["paper"]) if run.get("paper") else None,
         "license": {"license": "unknown"} | run.get("license", {}),
+        "notice": notice.read_text(encoding="utf-8") if notice.is_file() else run.get("license", {}).get("notice"),
         "restrictions": [
             sentence for part, sentence in _RESTRICTIONS.items() if part in str(run.get("license", {}).get("license"))
         ],
@@ -266,7 +267,7 @@ def student_files(folder: Path) -> list[str]:
     if index.is_file():
         parts = [part for part, entry in read_json(index).items() if isinstance(entry, list) and entry[0]]
     files = [file for file in (index, folder / "README.md", folder / "metrics.json") if file.is_file()]
-    files += sorted(folder.glob("*.png"))
+    files += [file for kind in ("*.png", "LICENSE*", "NOTICE*") for file in sorted(folder.glob(kind))]
     for part in parts:
         own = [file for file in sorted((folder / part).rglob("*")) if file.is_file() and not file.name.startswith(".")]
         if not own:

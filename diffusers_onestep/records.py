@@ -77,16 +77,18 @@ def command_line() -> str | None:
 
 def license_of(path_or_id: str, revision: str | None = None) -> dict[str, Any]:
     """What a model's card, or else the record of its training, says of its licence: `license`, `license_name`,
-    `license_link`, and `gated` where users must accept conditions first; empty if nothing can be read."""
+    `license_link`, `gated` where users must accept conditions first, and `notice`, the attributions of a folder's
+    NOTICE; empty if nothing can be read."""
     folder = Path(resolve_model(path_or_id))
+    notice = {"notice": (folder / "NOTICE").read_text(encoding="utf-8")} if (folder / "NOTICE").is_file() else {}
     if (folder / RUN_RECORD).is_file() and not (folder / "README.md").is_file():
-        return read_json(folder / RUN_RECORD).get("license", {})
+        return read_json(folder / RUN_RECORD).get("license", {}) | notice
     try:
         card = folder / "README.md" if folder.is_dir() else hf_hub_download(path_or_id, "README.md", revision=revision)
         data = ModelCard(Path(card).read_text(encoding="utf-8"), ignore_metadata_errors=True).data
     except (OSError, ValueError, YAMLError):  # the Hub client's errors are among these
-        return {}
-    found = {key: data.get(key) for key in _LICENSE_KEYS if data.get(key)}
+        return notice
+    found = notice | {key: data.get(key) for key in _LICENSE_KEYS if data.get(key)}
     link = found.get("license_link")
     if link and "://" not in link and not folder.is_dir():
         found["license_link"] = f"https://huggingface.co/{path_or_id}/blob/{revision or 'main'}/{link}"

@@ -391,7 +391,8 @@ class Trainer:
         write_json(folder / "training_args.json", self.settings)
         numbers = {"steps": self.step, "images_seen": self.images_seen, "seconds": round(self.train_seconds, 1)}
         write_json(folder / RUN_RECORD, self._record | numbers | {"best_distance": self.best_distance})
-        create_model_card(folder)
+        if (folder / "model_index.json").is_file():  # what is saved may be a part of a model
+            create_model_card(folder)
 
     @property
     def settings(self) -> dict:

@@ -39,6 +39,7 @@ def licensed(tmp_path_factory):
     """A teacher with a card of its own."""
     folder = tmp_path_factory.mktemp("licensed") / "teacher"
     ConsistencyModelPipeline(tiny_unet(classes=3), DDPMScheduler()).save_pretrained(folder)
+    (folder / "NOTICE").write_text("Drawn by Ada.\n")
     (folder / "README.md").write_text(
         "---\nlicense: creativeml-openrail-m\nextra_gated_prompt: Do no harm.\n---\n# teacher\n"
     )
@@ -61,7 +62,7 @@ def test_a_training_run_leaves_a_card_that_runs(student, licensed, tmp_path, mon
     assert {"diffusers-onestep", "dmd", "one-step", "distillation"} <= set(card.data.tags)
     assert card.data.get("base_model") is None  # a folder is none on the Hub
     text = card.text
-    for part in ("use-based restrictions", "accept conditions first", "arxiv.org/abs/2311.18828", "(NFE 1)",
+    for part in ("use-based restrictions", "accept conditions first", "Drawn by Ada.", "abs/2311.18828", "(NFE 1)",
                  "1 updates, 2 images seen", "Seed 0", "![samples](samples.png)", "Not measured: any distance",
                  "@misc{yin2024", str(licensed)):  # fmt: skip
         assert part in text, part
@@ -161,6 +162,36 @@ def test_many_step_models_run_by_their_cards(tmp_path, monkeypatch):
     for code in blocks:
         exec(code, {})
     assert len(blocks) == 2
+
+
+@pytest.mark.parametrize(
+    "scheduler, expected",
+    [
+        (
+            {"_class_name": "LCMScheduler", "original_inference_steps": 1},
+            "num_inference_steps=1, guidance_scale=1.0, ",
+        ),
+        (
+            {"_class_name": "DistilledDDIMScheduler", "dode_tables": {"8": {"lambdas": [0.0] * 8}}},
+            "guidance_scale=7.5",
+        ),
+        ({"_class_name": "DDPMScheduler"}, "num_inference_steps=20, guidance_scale=7.5"),
+    ],
+)
+def test_text_to_image_models_are_asked_with_prompts(tmp_path, scheduler, expected):
+    ours = scheduler["_class_name"].startswith("Distilled")
+    index = {"_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", "CLIPTextModel"]}
+    index |= {"scheduler": ["diffusers_onestep" if ours else "diffusers", scheduler["_class_name"]]}
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    (tmp_path / "training_args.json").write_text(json.dumps({"guidance_scale": 7.5}))
+    card = ModelCard.load(create_model_card(tmp_path))
+    assert card.data.pipeline_tag == "text-to-image"
+    blocks = python_blocks(card.text)
+    assert all(compile(code, "card", "exec") and 'pipe("a photo of a cat", ' in code for code in blocks)
+    assert expected in blocks[-1] and len(blocks) == (2 if scheduler["_class_name"] == "LCMScheduler" else 1)
+    assert ("import diffusers_onestep" in blocks[-1]) == ours
 
 
 @pytest.mark.parametrize("name", ["fashion32", "fashion32-onestep"])
