@@ -257,7 +257,8 @@ def _is_repo_id(name: str) -> bool:
 
 
 def student_files(folder: Path) -> list[str]:
-    """What a push uploads, as paths in the repository: the model or scheduler, the card, metrics and pictures.
+    """What a push uploads, as paths in the repository: the model or scheduler (and adapters beside it), the card,
+    metrics, pictures, and the texts of licences and attributions.
 
     Raises:
         ValueError: if a part of the model is missing, or its weights are no safetensors.
@@ -267,7 +268,7 @@ def student_files(folder: Path) -> list[str]:
     if index.is_file():
         parts = [part for part, entry in read_json(index).items() if isinstance(entry, list) and entry[0]]
     files = [file for file in (index, folder / "README.md", folder / "metrics.json") if file.is_file()]
-    files += [file for kind in ("*.png", "LICENSE*", "NOTICE*") for file in sorted(folder.glob(kind))]
+    files += [file for kind in ("*.png", "*.safetensors", "LICENSE*", "NOTICE*") for file in sorted(folder.glob(kind))]
     for part in parts:
         own = [file for file in sorted((folder / part).rglob("*")) if file.is_file() and not file.name.startswith(".")]
         if not own:

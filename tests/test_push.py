@@ -29,7 +29,7 @@ STUDENT = {
     "unet/config.json",
     "unet/diffusion_pytorch_model.safetensors",
 }
-BESIDE = {"README.md", "metrics.json", "samples.png"}
+BESIDE = {"README.md", "metrics.json", "samples.png", "NOTICE", "pytorch_lora_weights.safetensors"}
 
 
 @pytest.fixture
@@ -56,6 +56,8 @@ def trained_folder(teacher_folder, tmp_path_factory):
     metrics = about | {"results": [row | {"images_per_second": 3.0, "error": None, "extractor": "abc"}]}
     (folder / "metrics.json").write_text(json.dumps(metrics))
     assert (folder / "checkpoints").is_dir() and (folder / "log.jsonl").is_file()
+    (folder / "pytorch_lora_weights.safetensors").write_bytes(b"an adapter")
+    (folder / "NOTICE").write_text("Drawn by Ada.\n")
     (folder / "unet" / ".diffusion_pytorch_model.safetensors.writing").write_bytes(b"half")
     return folder
 
