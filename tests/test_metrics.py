@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_onestep.features import FashionCNN, reference_moments
+from diffusers_onestep.features import FashionCNN
+from diffusers_onestep.reference import Reference
 from diffusers_onestep.metrics import (
     agreement,
     bootstrap_error,
@@ -74,8 +75,9 @@ def test_fashion_network_and_its_reference():
     features, logits = network(pixels, batch_size=3)
     assert features.shape == (4, 128) and logits.shape == (4, 10)
     torch.testing.assert_close(network(pixels[2:3])[0], features[2:3])
-    mean, covariance = reference_moments()
-    assert mean.shape == (128,) and covariance.shape == (128, 128) and mean.dtype == torch.float64
+    reference = Reference.load(None, network)
+    assert reference.mean.shape == (128,) and reference.covariance.shape == (128, 128)
+    assert reference.mean.dtype == torch.float64 and reference.features.shape == (10_000, 128)
     with pytest.raises(ValueError, match=r"`pixels` must be uint8"):
         network(pixels.float())
 
