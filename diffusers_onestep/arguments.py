@@ -54,10 +54,20 @@ class TrainArguments:
     checkpoints_total_limit: int | None = field(default=2, metadata={"help": "Keep only the newest ones."})
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "'latest' or a checkpoint's folder."})
     validation_steps: int = field(
-        default=0, metadata={"help": "Write samples.png every so many steps; 0: at the end."}
+        default=0, metadata={"help": "Write samples.png and health.png every so many steps; 0: at the end."}
     )
     validation_samples: int = field(
-        default=0, metadata={"help": "Samples of a live FD-fashion at each validation, for 1x32x32 images."}
+        default=0, metadata={"help": "Samples of the live distance, diversity and saturation; 0: none of them."}
+    )
+    validation_extractor: str | None = field(
+        default=None, metadata={"help": "Of the live distance; default: fashion for 1x32x32, else effnet-lite0."}
+    )
+    validation_reference: str | None = field(
+        default=None,
+        metadata={"help": "Of the live distance; default: Fashion-MNIST for 1x32x32, else the teacher's images."},
+    )
+    stop_on_divergence: bool = field(
+        default=False, metadata={"help": "When a health warning comes, write a checkpoint and stop."}
     )
     logging_steps: int = field(default=10, metadata={"help": "Write log.jsonl and trackers every so many steps."})
     report_to: str | None = field(

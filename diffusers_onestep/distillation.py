@@ -10,16 +10,18 @@ from peft import LoraConfig
 
 from .arguments import TrainArguments
 from .denoiser import Denoiser
-from .evaluation import comparison_grid, evaluate
-from .features import FashionCNN
+from .evaluation import comparison_grid, conditions, sampler
+from .health import Images, Watch
 from .lora import is_adapted, merged, save_lora_weights
 from .methods.base import Batch, Distiller, OneStepDistiller
 from .methods.dkdm import DKDM
 from .pipelines import OneStepPipeline
 from .repository import write_repository
-from .sampling import sample
+from .sampling import picture, sample
 from .teacher import Teacher
 from .trainer import train
+
+PICTURES = 20  # on samples.png, of each model
 
 
 @dataclass
@@ -114,21 +116,11 @@ def student_hooks(
             complete, folder, lambda beside: save_lora_weights(type(complete), component, network, beside)
         )
 
-    def validate(folder: Path) -> dict[str, float]:
+    def run(noise, cond, generator):
         device = next(network.parameters()).device
-        generator = torch.Generator().manual_seed(args.seed)
+        return distiller.sample(noise.to(device), {k: v.to(device) for k, v in cond.items()}, generator)
 
-        def sample(noise, cond):
-            return distiller.sample(noise.to(device), {k: v.to(device) for k, v in cond.items()}, generator)
-
-        comparison_grid(teacher, sample, folder / "samples.png", seed=args.seed)
-        if not args.validation_samples or teacher.sample_shape != FashionCNN.input_shape:
-            return {}
-        # other noises than those of the evaluation that is reported
-        row = evaluate(pipeline(), name="student", num_samples=args.validation_samples, seed=args.seed + 1000)
-        return {"distance": row.value}
-
-    return save, validate
+    return save, validation(teacher, run, args)
 
 
 def compression_hooks(
@@ -143,23 +135,25 @@ def compression_hooks(
     def save(folder: Path) -> None:
         write_repository(teacher.compressed_pipeline(student.network), folder)
 
+    def run(noise, cond, generator):
+        return sample(student, teacher.scheduler, noise, cond, num_inference_steps=num_inference_steps)
+
+    return save, validation(teacher, run, args, num_inference_steps)
+
+
+def validation(
+    teacher: Teacher, student: Images, args: TrainArguments, num_inference_steps: int = 50
+) -> Callable[[Path], dict[str, float]]:
+    """How `train()` shows a student: `samples.png`, below the teacher at so many steps, and its live numbers."""
+    watch = Watch(teacher, args) if args.validation_samples else None
+
     def validate(folder: Path) -> dict[str, float]:
-        def run(noise, cond):
-            return sample(student, teacher.scheduler, noise, cond, num_inference_steps=num_inference_steps)
+        above = sampler(teacher, num_inference_steps=num_inference_steps)
+        noise, cond = conditions(teacher, PICTURES, args.seed, None)
+        comparison_grid(above, lambda *inputs: picture(student(*inputs)), noise, cond, folder / "samples.png")
+        return watch(student) if watch else {}
 
-        comparison_grid(teacher, run, folder / "samples.png", seed=args.seed, num_inference_steps=num_inference_steps)
-        if not args.validation_samples or teacher.sample_shape != FashionCNN.input_shape:
-            return {}
-        row = evaluate(
-            Teacher(teacher.compressed_pipeline(student.network)),
-            num_inference_steps=num_inference_steps,
-            num_samples=args.validation_samples,
-            seed=args.seed + 1000,
-        )
-        student.network.requires_grad_(True)  # a teacher's is frozen
-        return {"distance": row.value}
-
-    return save, validate
+    return validate
 
 
 def default_hooks(distiller: Distiller, args: TrainArguments):

@@ -127,7 +127,9 @@ def takes_prompts(pipeline: Teacher | DiffusionPipeline) -> bool:
     return "prompt" in inspect.signature(type(pipeline).__call__).parameters
 
 
-def noises_and_labels(shape, num_labels: int | None, num_samples: int, seed: int, prompts: Sequence[str] | None = None):
+def noises_and_labels(
+    shape: Sequence[int], num_labels: int | None, num_samples: int, seed: int, prompts: Sequence[str] | None = None
+) -> tuple[torch.Tensor, dict[str, Any]]:
     """The same unit-variance noises for every model, and labels or prompts in turn: `(N, C, H, W)` and a `cond`."""
     noise = torch.randn(num_samples, *shape, generator=torch.Generator().manual_seed(seed))
     if prompts is not None:
@@ -359,14 +361,13 @@ def _numbers(metric: str, samples: Samples, reference: Reference | None, teacher
         yield "IS", value, spread / max(splits - 1, 1) ** 0.5
     elif metric == "diversity":
         yield "diversity", diversity(features), 2 * standard_error(mean_distances(features))
+    elif metric == "agreement":
+        points = agreement_points(features, teacher.features)
+        yield "agreement", points.mean().item(), standard_error(points)
     else:
-        names, points = {
-            "precision_recall": lambda: (("precision", "recall"), precision_recall_points(reference.features, features)),
-            "density_coverage": lambda: (("density", "coverage"), density_coverage_points(reference.features, features)),
-            "agreement": lambda: (("agreement",), (agreement_points(features, teacher.features),)),
-        }[metric]()
-        for name, each in zip(names, points, strict=True):
-            yield name, each.mean().item(), standard_error(each)
+        shares = precision_recall_points if metric == "precision_recall" else density_coverage_points
+        for name, points in zip(metric.split("_"), shares(reference.features, features), strict=True):
+            yield name, points.mean().item(), standard_error(points)
 
 
 def check_metrics(metrics: Sequence[str]) -> None:

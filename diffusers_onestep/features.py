@@ -1,8 +1,8 @@
 """Feature networks behind the distances, all with one call: uint8 pixels `(N, C, H, W)` to features `(N, D)` and
 logits.
 
-Only Inception-v3 with the weights of the original evaluation makes a number that is called FID. Every other network puts
-its name into that of the number: `FD-fashion`, `KID-EffNetLite0@64`.
+Only Inception-v3 with the weights of the original evaluation makes a number that is called FID. Every other network
+puts its name into that of the number: `FD-fashion`, `KID-EffNetLite0@64`.
 """
 
 import hashlib
@@ -50,7 +50,7 @@ class Extractor(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels: torch.Tensor, batch_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Features `(N, D)` and logits `(N, K)` (None if the network has none), on the CPU, of uint8 `(N, C, H, W)`."""
+        """Features `(N, D)` and logits `(N, K)`, or None without them, on the CPU, of uint8 `(N, C, H, W)`."""
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] not in (1, self.channels):
             raise ValueError(
                 f"`pixels` must be uint8 (N, 1, H, W) or (N, {self.channels}, H, W) for {self.label}, "

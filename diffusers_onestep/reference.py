@@ -114,8 +114,8 @@ class Reference:
         own = extractor.digest()
         if about.get("weights", own) != own:
             raise ValueError(
-                f"`reference` {path!r} must be that of the extractor {extractor.label} with weights {own}, but is that "
-                f"of {about['extractor']} with weights {about['weights']}."
+                f"`reference` {path!r} must be that of the extractor {extractor.label} with weights {own}, but is "
+                f"that of {about['extractor']} with weights {about['weights']}."
             )
         number = int(about["num_images"]) if "num_images" in about else None
         known = (about.get(key) for key in ("extractor", "weights"))
@@ -143,9 +143,10 @@ def _read_npz(path: str) -> dict[str, np.ndarray]:
 
 def _from_hub(address: str) -> str:
     """The cached copy of one file on the Hub."""
-    from huggingface_hub import HfFileSystem, hf_hub_download
+    from huggingface_hub import hf_hub_download
 
-    place = HfFileSystem().resolve_path(address)
-    return hf_hub_download(
-        place.repo_id, place.path_in_repo, repo_type=place.repo_type, revision=place.revision or None
-    )
+    parts = address.removeprefix("hf://").split("/")
+    kind = parts.pop(0).removesuffix("s") if parts[0] == "datasets" else "model"
+    if len(parts) < 3:
+        raise ValueError(f"`reference` must be hf://[datasets/]USER/REPOSITORY/FILE, but is {address!r}.")
+    return hf_hub_download("/".join(parts[:2]), "/".join(parts[2:]), repo_type=kind)

@@ -3,7 +3,6 @@ import pytest
 import torch
 
 from diffusers_onestep.features import FashionCNN
-from diffusers_onestep.reference import Reference
 from diffusers_onestep.metrics import (
     agreement,
     bootstrap_error,
@@ -16,6 +15,7 @@ from diffusers_onestep.metrics import (
     moments,
     precision_recall,
 )
+from diffusers_onestep.reference import Reference
 
 
 def test_frechet_distance_of_gaussians_with_diagonal_covariances():

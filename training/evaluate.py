@@ -4,14 +4,15 @@
         --teacher_steps 1 5 50 --num_samples 10000 --output_dir evaluation \\
         --metrics fd kid precision_recall density_coverage inception_score diversity agreement
 
-writes `metrics.json`, `quality.png` (distance against network evaluations) and `samples.png` (teacher above the first
-student, same noises). All processes share the sampling, and find what one would. For pictures that are no Fashion-MNIST:
+writes `metrics.json`, `quality.png` (the first number against network evaluations) and `samples.png` (teacher above
+the first student, same noises). All processes share the sampling, and find what one would. FID with EDM's statistics,
+a distance of ImageNet features that needs no download, and text-to-image:
 
     accelerate launch training/evaluate.py --model cifar10-sid --extractor inception-v3-compat \\
-        --reference cifar10-32x32.npz --num_samples 50000                       # FID, EDM's statistics
-    accelerate launch training/evaluate.py --model S --extractor effnet-lite0 --reference cifar10   # without a download
-    accelerate launch training/evaluate.py --model S --prompts prompts.txt --metrics clip_score diversity \\
-        --extractor dinov2                                                       # text-to-image
+        --reference cifar10-32x32.npz --num_samples 50000
+    accelerate launch training/evaluate.py --model cifar10-sid --extractor effnet-lite0 --reference cifar10
+    accelerate launch training/evaluate.py --model sd15-dmd --prompts prompts.txt --extractor dinov2 \\
+        --metrics clip_score diversity
 """
 
 import sys
