@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline, SchedulerMixin
 from tqdm.auto import tqdm
 
-from .features import CLIPScore, Extractor, load_clip_score, load_extractor
+from .features import CLIP, Extractor, load_extractor
 from .metrics import (
     agreement_points,
     bootstrap_error,
@@ -99,8 +99,9 @@ class Samples:
     extractor: Extractor
     features: torch.Tensor
     logits: torch.Tensor | None
+    groups: torch.Tensor | None = None  # which of them have one label or prompt
     cosines: torch.Tensor | None = None  # of each image with its prompt
-    clip: CLIPScore | None = None
+    clip: CLIP | None = None
 
 
 def sample_shape(pipeline: Teacher | DiffusionPipeline) -> tuple[int, int, int]:
@@ -245,7 +246,7 @@ def generate(
     scheduler: SchedulerMixin | None = None,
     guidance_scale: float | None = None,
     prompts: Sequence[str] | None = None,
-    clip: CLIPScore | None = None,
+    clip: CLIP | None = None,
     all_processes: bool = False,
 ) -> Samples:
     """Sample a model and keep what its metrics need; arguments as those of `evaluate`."""
@@ -276,7 +277,9 @@ def generate(
     speeds = [sum(n for n, _ in timed) / max(sum(t for _, t in timed), 1e-9)] if timed else []
     speed = sum(gather_object(speeds)) if all_processes and PartialState().num_processes > 1 else speeds[0]
     latency = sorted(latencies)[LATENCY_CALLS // 2]
-    return Samples(name, nfe, seed, speed, latency, extractor, features, logits, cosines, clip)
+    kinds = len(prompts) if prompts is not None else pipeline.num_labels or 1
+    groups = torch.arange(num_samples) % kinds if num_samples > kinds else None
+    return Samples(name, nfe, seed, speed, latency, extractor, features, logits, groups, cosines, clip)
 
 
 def measure(
@@ -362,7 +365,7 @@ def _numbers(metric: str, samples: Samples, reference: Reference | None, teacher
     elif metric == "diversity":
         yield "diversity", diversity(features), 2 * standard_error(mean_distances(features))
     elif metric == "agreement":
-        points = agreement_points(features, teacher.features)
+        points = agreement_points(features, teacher.features, samples.groups)
         yield "agreement", points.mean().item(), standard_error(points)
     else:
         shares = precision_recall_points if metric == "precision_recall" else density_coverage_points
@@ -391,7 +394,7 @@ def evaluate(
     extractor_weights: str | None = None,
     guidance_scale: float | None = None,
     prompts: Sequence[str] | None = None,
-    clip_model: str | CLIPScore | None = None,
+    clip_model: str | CLIP | None = None,
     teacher: Samples | None = None,
     all_processes: bool = False,
 ) -> Metrics:
@@ -412,7 +415,7 @@ def evaluate(
         extractor_weights (`str`, *optional*): see `load_extractor`.
         guidance_scale (`float`, *optional*): of a teacher (1.0 by default) or of a pipeline that takes it.
         prompts (sequence of `str`, *optional*): of a text-to-image model, used in turn.
-        clip_model (`str` or `CLIPScore`, *optional*): of `"clip_score"`.
+        clip_model (`str` or `CLIP`, *optional*): of `"clip_score"`.
         teacher (`Samples`, *optional*): what `generate` gave of the teacher on the same noises, for `"agreement"`.
         all_processes (`bool`, *optional*, defaults to `False`): share the sampling; every process must call this.
     """
@@ -420,8 +423,8 @@ def evaluate(
     device = network_of(pipeline).device
     if isinstance(extractor, str):
         extractor = load_extractor(extractor, extractor_weights, device)
-    if "clip_score" in metrics and not isinstance(clip_model, CLIPScore):
-        clip_model = load_clip_score(clip_model, device)
+    if "clip_score" in metrics and not isinstance(clip_model, CLIP):
+        clip_model = load_extractor("clip", clip_model, device)
     if not isinstance(reference, Reference) and {"fd", *AGAINST_IMAGES} & set(metrics):
         reference = Reference.load(reference, extractor)
     samples = generate(

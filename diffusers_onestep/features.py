@@ -179,27 +179,9 @@ class DINOv2(Extractor):
         return self.network(normalised(pixels, self.size, *self.normalisation)).pooler_output, None
 
 
-class CLIPImages(Extractor):
-    """CLIP's image embedding. `weights`: a Hub id or folder."""
-
-    def __init__(self, weights: str | None = None):
-        super().__init__()
-        from transformers import CLIPVisionModelWithProjection
-        from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-
-        weights = weights or "openai/clip-vit-large-patch14"
-        self.network = CLIPVisionModelWithProjection.from_pretrained(weights, use_safetensors=True)
-        self.normalisation = OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-        self.size = self.network.config.image_size
-        self.label = f"{Path(weights).name}@{self.size}"
-
-    def embed(self, pixels):
-        return self.network(normalised(pixels, self.size, *self.normalisation)).image_embeds, None
-
-
-class CLIPScore(Extractor):
-    """Cosine between CLIP's embeddings of a picture and of its prompt, at least 0 (Hessel et al. 2021, without its
-    factor 2.5). `weights`: a Hub id or folder of a `CLIPModel` with its tokenizer."""
+class CLIP(Extractor):
+    """CLIP's projected image embedding, and the CLIP score. `weights`: a Hub id or folder of a `CLIPModel` with its
+    tokenizer."""
 
     def __init__(self, weights: str | None = None):
         super().__init__()
@@ -215,17 +197,18 @@ class CLIPScore(Extractor):
 
     def embed(self, pixels):
         image = self.network.vision_model(normalised(pixels, self.size, *self.normalisation)).pooler_output
-        return F.normalize(self.network.visual_projection(image), dim=1), None
+        return self.network.visual_projection(image), None
 
     @torch.no_grad()
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """Cosines `(N,)` of uint8 pixels `(N, C, H, W)` with their prompts."""
+        """Cosines `(N,)` of the embeddings of uint8 pixels `(N, C, H, W)` and of their prompts, at least 0 (Hessel et
+        al. 2021, without the factor 2.5)."""
         if len(prompts) != len(pixels):
             raise ValueError(f"`prompts` must be one for each of {len(pixels)} images, but are {len(prompts)}.")
         device = next(self.parameters()).device
         tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=77, return_tensors="pt").to(device)
         text = self.network.text_projection(self.network.text_model(**tokens).pooler_output)
-        return (self(pixels)[0] * F.normalize(text, dim=1).cpu()).sum(1).clamp(min=0)
+        return F.cosine_similarity(self(pixels)[0], text.cpu(), dim=1).clamp(min=0)
 
 
 EXTRACTORS = {
@@ -233,7 +216,7 @@ EXTRACTORS = {
     "inception-v3-compat": InceptionV3,
     "effnet-lite0": EfficientNetLite0,
     "dinov2": DINOv2,
-    "clip": CLIPImages,
+    "clip": CLIP,
 }
 OWN_WEIGHTS = ("fashion", "effnet-lite0")
 
@@ -255,24 +238,17 @@ def load_extractor(name: str, weights: str | None = None, device: torch.device |
         raise ValueError(f"`extractor` must be one of {sorted(EXTRACTORS)}, but is {name!r}.")
     if name in OWN_WEIGHTS and weights is not None:
         raise ValueError(f"`extractor_weights` must be None for {name!r}, which has its own, but is {weights!r}.")
-    return _loaded(f"`extractor` {name!r}", EXTRACTORS[name], () if name in OWN_WEIGHTS else (weights,), device)
-
-
-def load_clip_score(weights: str | None = None, device: torch.device | str | None = None) -> CLIPScore:
-    """The network of the CLIP score; errors as in `load_extractor`."""
-    return _loaded("`clip_model`", CLIPScore, (weights,), device)
-
-
-def _loaded(what, make, arguments, device):
+    arguments = () if name in OWN_WEIGHTS else (weights,)
     try:
-        network = make(*arguments)
+        network = EXTRACTORS[name](*arguments)
     except ImportError as error:
-        raise ImportError(f"{what} needs a package: pip install 'diffusers-onestep[metrics]' ({error})") from error
+        raise ImportError(
+            f"`extractor` {name!r} needs a package: pip install 'diffusers-onestep[metrics]' ({error})"
+        ) from error
     except OSError as error:  # also that of a network that cannot be reached
         raise ValueError(
-            f"{what} must be given weights that can be had, but {arguments[0] or 'its default'!r} cannot "
-            f"({str(error).splitlines()[0]}). Give a local file or folder; the extractors {list(OWN_WEIGHTS)} need "
-            "no download."
+            f"`extractor` {name!r} must be given weights that can be had, but {weights or 'its default'!r} cannot "
+            f"({str(error).splitlines()[0]}). Give a local file or folder; {list(OWN_WEIGHTS)} need no download."
         ) from error
     return network.requires_grad_(False).eval().to(device)
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from .arguments import TrainArguments
-from .evaluation import conditions, part_of, save_figure
+from .denoiser import Cond
+from .evaluation import noises_and_labels, part_of, save_figure
 from .features import FashionCNN, load_extractor
 from .metrics import diversity, frechet_distance_of_moments, moments, square_root
 from .reference import Reference
@@ -42,15 +43,28 @@ class Watch:
     Args:
         teacher (`Teacher`): sampled once, at the first validation.
         args (`TrainArguments`): `validation_samples`, `validation_extractor`, `validation_reference`, `seed`.
+        cond (`dict`, *optional*): conditions to sample with in turn; by default the teacher's labels.
+        decode (callable, *optional*): from model space to images `(B, C, H, W)` in [-1, 1], for latents.
         num_inference_steps (`int`, *optional*, defaults to 20): of the teacher.
     """
 
-    def __init__(self, teacher: Teacher, args: TrainArguments, num_inference_steps: int = 20):
+    def __init__(
+        self,
+        teacher: Teacher,
+        args: TrainArguments,
+        *,
+        cond: Cond | None = None,
+        decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        num_inference_steps: int = 20,
+    ):
         own = "fashion" if teacher.sample_shape == FashionCNN.input_shape else "effnet-lite0"
         device = next(teacher.denoiser.network.parameters()).device
         self.extractor = load_extractor(args.validation_extractor or own, device=device)
-        self.teacher, self.steps = teacher, num_inference_steps
-        self.noise, self.cond = conditions(teacher, args.validation_samples, args.seed + VALIDATION_SEED, None)
+        self.teacher, self.decode, self.steps = teacher, decode, num_inference_steps
+        labels = None if cond else teacher.num_labels
+        seed = args.seed + VALIDATION_SEED
+        self.noise, own = noises_and_labels(teacher.sample_shape, labels, args.validation_samples, seed)
+        self.cond = cond or own
         self.reference: Reference | None = None  # the teacher's images, where there are no others
         if args.validation_reference or isinstance(self.extractor, FashionCNN):
             self.reference = Reference.load(args.validation_reference, self.extractor)
@@ -81,9 +95,11 @@ class Watch:
     def _features(self, images: Images, number: int) -> tuple[torch.Tensor, float]:
         """Features of images of the first noises, and the share of pixels beyond [-1, 1]."""
         features, clipped = [], 0.0
+        rows = len(next(iter(self.cond.values()))) if self.cond else number
         for places in torch.arange(number).split(BATCH_SIZE):
             generator = torch.Generator().manual_seed(places[0].item())
-            x0 = images(self.noise[places], part_of(self.cond, places), generator)
+            x0 = images(self.noise[places], part_of(self.cond, places % rows), generator)
+            x0 = self.decode(x0) if self.decode else x0
             clipped += (x0.abs() > 1 + 1 / 127.5).double().mean().item() * len(places)
             features.append(self.extractor(picture(x0))[0])
         return torch.cat(features), clipped / number

@@ -149,22 +149,25 @@ def diversity(features: Features) -> float:
     return mean_distances(features).mean().item()
 
 
-def agreement(a: Features, b: Features) -> float:
+def agreement(a: Features, b: Features, groups: torch.Tensor | None = None) -> float:
     """How far two models make the same image of the same noise: `1 - E|a_i - b_i| / E|a_i - b_j|`; 1 for identical
-    images, 0 if the noise does not matter."""
-    return agreement_points(a, b).mean().item()
+    images, 0 if the noise does not matter. With `groups` `(N,)`, such as labels, `j` is of the group of `i`."""
+    return agreement_points(a, b, groups).mean().item()
 
 
-def agreement_points(a: Features, b: Features) -> torch.Tensor:
-    """`1 - |a_i - b_i| / E|a_i - b_j|` for each noise `(N,)`."""
+def agreement_points(a: Features, b: Features, groups: torch.Tensor | None = None) -> torch.Tensor:
+    """`1 - |a_i - b_i| / E|a_i - b_j|` for each noise `(N,)`; see `agreement`."""
     a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
     if a.shape != b.shape:
         raise ValueError(
             f"`a` and `b` must be of the same noises, but have shapes {tuple(a.shape)}, {tuple(b.shape)}."
         )
-    same, n = (a - b).norm(dim=1), len(a)
-    total = sum(torch.cdist(part, b).sum() for part in a.split(ROWS))
-    return 1 - same / ((total - same.sum()) / (n * (n - 1)))
+    same, total, pairs = (a - b).norm(dim=1), 0.0, 0
+    for group in (None,) if groups is None else groups.unique():
+        own = slice(None) if group is None else groups == group
+        total += sum(torch.cdist(part, b[own]).sum() for part in a[own].split(ROWS)) - same[own].sum()
+        pairs += len(a[own]) * (len(a[own]) - 1)
+    return 1 - same / (total / pairs)
 
 
 def bootstrap_error(

@@ -109,6 +109,10 @@ def test_diversity_and_agreement():
     assert diversity(x[:20]) == pytest.approx(torch.stack(pairs).mean().item(), rel=1e-5)
     assert agreement(x, x) == pytest.approx(1, abs=1e-5) and agreement(x, x.roll(1, 0)) == pytest.approx(0, abs=0.05)
     assert 0.5 < agreement(x, x + 0.3 * x.roll(1, 0)) < 0.9
+    labels = torch.arange(300) % 3
+    shifted = x + 100 * labels[:, None]
+    assert agreement(shifted, shifted.roll(3, 0)) > 0.9  # the same labels
+    assert agreement(shifted, shifted.roll(3, 0), labels) == pytest.approx(0, abs=0.05)
     with pytest.raises(ValueError, match="`a` and `b` must be of the same noises"):
         agreement(x, x[:5])
 

@@ -40,7 +40,7 @@ from diffusers_onestep.evaluation import (
     sampler,
     write_metrics,
 )
-from diffusers_onestep.features import EXTRACTORS, load_clip_score, load_extractor
+from diffusers_onestep.features import EXTRACTORS, load_extractor
 from diffusers_onestep.reference import Reference
 
 PICTURES = 20  # on samples.png, of each model
@@ -121,7 +121,7 @@ def main(args: EvaluateArguments) -> None:
         batch_size=args.batch_size,
         seed=args.seed,
         prompts=prompts,
-        clip=load_clip_score(args.clip_model, state.device) if "clip_score" in args.metrics else None,
+        clip=load_extractor("clip", args.clip_model, state.device) if "clip_score" in args.metrics else None,
         all_processes=True,
     )
     teacher_rows, student_rows, pictures = [], [], []
