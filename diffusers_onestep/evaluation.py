@@ -86,6 +86,10 @@ class Metrics:
     num_reference: int | None = None
     scores: dict[str, Score] = field(default_factory=dict)  # by name, such as KID-fashion
 
+    def __post_init__(self):
+        # rows of a metrics.json are read with Metrics(**row)
+        self.scores = {name: Score(**v) if isinstance(v, dict) else v for name, v in self.scores.items()}
+
 
 @dataclass
 class Samples:

@@ -18,7 +18,7 @@ from test_trainer import run, script
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffusers_onestep import Metrics, OneStepPipeline, Teacher, evaluate
-from diffusers_onestep.evaluation import METRICS, generate, markdown_table, measure, write_metrics
+from diffusers_onestep.evaluation import METRICS, Score, generate, markdown_table, measure, write_metrics
 from diffusers_onestep.features import FashionCNN, load_extractor
 from diffusers_onestep.reference import Reference
 from diffusers_onestep.schedulers import solver_for
@@ -162,3 +162,7 @@ def test_files_of_an_earlier_version_still_read(tmp_path):
     write_metrics(tmp_path / "metrics.json", [row], command="here")
     written = json.loads((tmp_path / "metrics.json").read_text())
     assert written["command"] == "here" and old.items() <= written["results"][0].items()
+    row = Metrics(**old, seed=0, scores={"FD-fashion": Score(0.85, 0.04, 10, "fashion", "0123456789abcdef")})
+    write_metrics(tmp_path / "metrics.json", [row], command="here")
+    (read,) = json.loads((tmp_path / "metrics.json").read_text())["results"]
+    assert Metrics(**read) == row and "0.850 ± 0.040" in markdown_table([Metrics(**read)])

@@ -82,7 +82,7 @@ def test_live_numbers_of_a_student_that_is_the_teacher(teacher):
         return teacher.sample(noise, cond, num_inference_steps=2)
 
     values = watch(same)
-    assert values["distance"] == pytest.approx(0, abs=1e-4) and values["diversity"] == pytest.approx(1)
+    assert values["distance"] == pytest.approx(0, abs=0.01) and values["diversity"] == pytest.approx(1)
     assert values["saturation"] == values["teacher_saturation"]
     collapsed = watch(lambda *inputs: same(*inputs).mean(0, keepdim=True).expand(12, -1, -1, -1) * 50)
     assert collapsed["diversity"] < 1e-3 and collapsed["distance"] > 10 * values["distance"] + 1
