@@ -58,10 +58,11 @@ PACKAGES = ("diffusers-onestep", "torch", "diffusers", "transformers", "torch-fi
 
 @dataclass
 class Score:
-    """One number with its standard error, what it was measured on and with which weights."""
+    """One number with its standard error (None if there are too few samples for one), what it was measured on and with
+    which weights."""
 
     value: float
-    error: float
+    error: float | None
     num_samples: int
     extractor: str
     weights: str  # digest
@@ -316,20 +317,19 @@ def measure(
     extractor, scores = samples.extractor, {}
     digest = extractor.digest()
 
-    def add(kind: str, value: float, error: float) -> None:
-        scores[extractor.number(kind)] = Score(value, error, len(samples.features), extractor.label, digest)
+    def score(value: float, error: float, extractor: Extractor, digest: str) -> Score:
+        known = error if math.isfinite(error) else None
+        return Score(value, known, len(samples.features), extractor.label, digest)
 
     for metric in metrics:
         if metric == "clip_score":
             if samples.cosines is None:
                 raise ValueError("`metrics` must be without 'clip_score' for samples without prompts.")
-            value, error = samples.cosines.mean().item(), standard_error(samples.cosines)
-            scores[samples.clip.number("CLIP-score")] = Score(
-                value, error, len(samples.cosines), samples.clip.label, samples.clip.digest()
-            )
+            numbers = samples.cosines.mean().item(), standard_error(samples.cosines)
+            scores[samples.clip.number("CLIP-score")] = score(*numbers, samples.clip, samples.clip.digest())
         else:
             for kind, value, error in _numbers(metric, samples, reference, teacher):
-                add(kind, value, error)
+                scores[extractor.number(kind)] = score(value, error, extractor, digest)
     name, first = next(iter(scores.items()))
     return Metrics(
         samples.model,
@@ -457,16 +457,16 @@ def markdown_table(rows: list[Metrics]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
         own = row.scores or {row.metric: row}
-        cells = [_cell(own[name].value, own[name].error) if name in own else "–" for name in names]
+        cells = [stated(own[name].value, own[name].error) if name in own else "–" for name in names]
         latency = "–" if row.latency is None else f"{1000 * row.latency:.3g}"
         cells = [row.model, str(row.nfe), *cells, latency, f"{row.images_per_second:.3g}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _cell(value: float, error: float | None) -> str:
+def stated(value: float, error: float | None) -> str:
     """A value to the digits that its error leaves it."""
-    if error is None or not 0 < error < float("inf"):
+    if not error:
         return f"{value:.3g}"
     digits = min(6, max(0, 1 - math.floor(math.log10(error))))
     return f"{value:.{digits}f} ± {error:.{digits}f}"

@@ -38,6 +38,7 @@ from diffusers_onestep.evaluation import (
     measure,
     quality_plot,
     sampler,
+    stated,
     write_metrics,
 )
 from diffusers_onestep.features import EXTRACTORS, load_extractor
@@ -153,7 +154,7 @@ def main(args: EvaluateArguments) -> None:
 def report(samples, reference, metrics, teacher, say: Callable) -> Metrics:
     """One row, said at once."""
     row = measure(samples, reference, metrics, teacher)
-    numbers = ", ".join(f"{name} {score.value:.4g} ± {score.error:.2g}" for name, score in row.scores.items())
+    numbers = ", ".join(f"{name} {stated(score.value, score.error)}" for name, score in row.scores.items())
     say(f"{row.model}, NFE {row.nfe}: {numbers}", flush=True)
     return row
 
