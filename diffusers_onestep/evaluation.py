@@ -296,7 +296,8 @@ def measure(
     """The numbers of sampled images.
 
     Errors are standard errors: of a distance by the bootstrap over the generated images, of KID by disjoint subsets,
-    of an Inception Score by its ten splits, of a mean over images in closed form with neighbourhoods held fixed.
+    of an Inception Score by its ten splits (one below 100 images), of a mean over images in closed form with
+    neighbourhoods held fixed.
 
     Args:
         samples (`Samples`): of `generate`.
@@ -363,9 +364,9 @@ def _numbers(metric: str, samples: Samples, reference: Reference | None, teacher
     elif metric == "inception_score":
         if samples.logits is None:
             raise ValueError(f"`metrics` must be without 'inception_score' for {samples.extractor.label}: no logits.")
-        splits = min(10, len(features))
+        splits = 10 if len(features) >= 100 else 1
         value, spread = inception_score(samples.logits.double().softmax(1), splits)
-        yield "IS", value, spread / max(splits - 1, 1) ** 0.5
+        yield "IS", value, spread / (splits - 1) ** 0.5 if splits > 1 else math.nan
     elif metric == "diversity":
         yield "diversity", diversity(features), 2 * standard_error(mean_distances(features))
     elif metric == "agreement":

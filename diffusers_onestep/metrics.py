@@ -73,7 +73,9 @@ def _neighbour_radius(points: torch.Tensor, k: int) -> torch.Tensor:
     if len(points) <= k:
         raise ValueError(f"`k` must be less than the number of samples ({len(points)}), but is {k}.")
     # the nearest is the sample itself
-    return torch.cat([torch.cdist(part, points).kthvalue(k + 1, dim=1).values for part in points.split(ROWS)])
+    return torch.cat(
+        [torch.cdist(part, points).topk(k + 1, dim=1, largest=False).values[:, -1] for part in points.split(ROWS)]
+    )
 
 
 def _balls_around(points: torch.Tensor, support: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
