@@ -518,7 +518,8 @@ def quality_plot(rows: list[Metrics], path: Path) -> None:
     for name in dict.fromkeys(row.model for row in rows):
         own = sorted((row for row in rows if row.model == name), key=lambda row: row.nfe)
         axes.plot([row.nfe for row in own], [row.value for row in own], marker="o", label=name)
-    axes.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel=rows[0].metric)
+    scale = "log" if all(row.value > 0 for row in rows) else "linear"  # an unbiased KID may be negative
+    axes.set(xscale="log", yscale=scale, xlabel="network evaluations", ylabel=rows[0].metric)
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.tight_layout()
