@@ -5,8 +5,11 @@ import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+import torch
 import yaml
 from transformers import HfArgumentParser
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _AT_LEAST_ONE = (
     "train_batch_size",
@@ -62,7 +65,7 @@ class TrainArguments(HubArguments):
     max_train_steps: int = field(default=1000, metadata={"help": "Student updates."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Of the student."})
     fake_score_learning_rate: float | None = field(default=None, metadata={"help": "Default: `learning_rate`."})
-    optimizer: str = field(default="adamw", metadata={"help": "adamw or radam."})
+    optimizer: str = field(default="adamw", metadata={"help": "adamw, radam or adamw8bit (bitsandbytes)."})
     adam_beta1: float = field(default=0.9, metadata={"help": "Adam's first beta."})
     student_adam_beta1: float | None = field(default=None, metadata={"help": "Default: `adam_beta1`."})
     adam_beta2: float = field(default=0.999, metadata={"help": "Adam's second beta."})
@@ -82,14 +85,33 @@ class TrainArguments(HubArguments):
     checkpoints_total_limit: int | None = field(default=2, metadata={"help": "Keep only the newest ones."})
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "'latest' or a checkpoint's folder."})
     validation_steps: int = field(
-        default=0, metadata={"help": "Write samples.png every so many steps; 0: at the end."}
+        default=0, metadata={"help": "Write samples.png and health.png every so many steps; 0: at the end."}
     )
     validation_samples: int = field(
-        default=0, metadata={"help": "Samples of a live FD-fashion at each validation, for 1x32x32 images."}
+        default=0, metadata={"help": "Samples of the live distance, diversity and saturation; 0: none of them."}
+    )
+    validation_extractor: str | None = field(
+        default=None, metadata={"help": "Of the live distance; default: fashion for 1x32x32, else effnet-lite0."}
+    )
+    validation_reference: str | None = field(
+        default=None,
+        metadata={"help": "Of the live distance; default: Fashion-MNIST for 1x32x32, else the teacher's images."},
+    )
+    stop_on_divergence: bool = field(
+        default=False, metadata={"help": "When a health warning comes, write a checkpoint and stop."}
     )
     logging_steps: int = field(default=10, metadata={"help": "Write log.jsonl and trackers every so many steps."})
     report_to: str | None = field(
         default=None, metadata={"help": "tensorboard, wandb, trackio, or several with commas."}
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Keep few activations and compute the others again in the backward pass."}
+    )
+    teacher_dtype: str | None = field(
+        default=None, metadata={"help": "Of the frozen weights: fp32, bf16 or fp16. Default: as they are stored."}
+    )
+    offload_teacher: bool = field(
+        default=False, metadata={"help": "Keep the teacher in the CPU's memory while it is not needed."}
     )
     cpu_threads: int | None = field(default=None, metadata={"help": "torch.set_num_threads, if given."})
 
@@ -97,8 +119,10 @@ class TrainArguments(HubArguments):
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, but is {getattr(self, name)}.")
-        if self.optimizer not in ("adamw", "radam"):
-            raise ValueError(f"`optimizer` must be 'adamw' or 'radam', but is {self.optimizer!r}.")
+        if self.optimizer not in ("adamw", "radam", "adamw8bit"):
+            raise ValueError(f"`optimizer` must be 'adamw', 'radam' or 'adamw8bit', but is {self.optimizer!r}.")
+        if self.teacher_dtype not in (None, *DTYPES):
+            raise ValueError(f"`teacher_dtype` must be one of {list(DTYPES)}, but is {self.teacher_dtype!r}.")
         if self.mixed_precision not in (None, "no", "bf16", "fp16"):
             raise ValueError(f"`mixed_precision` must be 'no', 'bf16' or 'fp16', but is {self.mixed_precision!r}.")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def main(argv: list[str] | None = None) -> None:
-    """`onestep quickstart | sample | info | push`."""
+    """`onestep quickstart | sample | info | push | plan`."""
     parser = argparse.ArgumentParser(prog="onestep", description="One-step students of diffusion models.")
     commands = parser.add_subparsers(dest="command", required=True)
     quick = commands.add_parser("quickstart", help="distil the shipped teacher into a one-step student, live")
@@ -34,8 +34,16 @@ def main(argv: list[str] | None = None) -> None:
     pushing.add_argument("--revision", help="branch to commit to; default: main")
     pushing.add_argument("--create_pr", action="store_true", help="open a pull request instead")
     pushing.set_defaults(run=push)
-    args = vars(parser.parse_args(argv))
-    del args["command"]
+    planning = commands.add_parser(
+        "plan", help="say what memory and work a training step needs, from config files alone", add_help=False
+    )
+    planning.set_defaults(run=plan)
+    known, flags = parser.parse_known_args(argv)
+    args = vars(known)
+    if args.pop("command") == "plan":
+        args["flags"] = flags
+    elif flags:
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
     try:
         args.pop("run")(**args)
     except (ValueError, ConnectionError) as error:
@@ -124,6 +132,16 @@ def push(folder: str, repo_id: str, private: bool, revision: str | None, create_
 
     url = push_student(folder, repo_id, private=private, revision=revision, create_pr=create_pr)
     print(f"Pushed: {url}")
+
+
+def plan(flags: list[str]) -> None:
+    """What a step of `train_sid.py` or `train_dmd.py` with these flags needs."""
+    from .arguments import parse_args
+    from .plan import PlanArguments
+    from .plan import plan as plan_run
+
+    print(plan_run(parse_args(PlanArguments, flags)))
+    print("Not counted: text encoders, VAE, the GPU's context, workspaces of its kernels and fragmentation.")
 
 
 if __name__ == "__main__":

@@ -4,19 +4,23 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
+from accelerate.utils import set_seed
+from peft import LoraConfig
 
 from .arguments import TrainArguments
 from .denoiser import Denoiser
-from .evaluation import comparison_grid, evaluate
-from .features import FashionCNN
+from .evaluation import comparison_grid, conditions, sampler
+from .health import Images, Watch
+from .lora import is_adapted, merged, save_lora_weights
 from .methods.base import Batch, Distiller, OneStepDistiller
 from .methods.dkdm import DKDM
 from .pipelines import OneStepPipeline
 from .repository import write_repository
-from .sampling import sample
+from .sampling import picture, sample
 from .teacher import Teacher
 from .trainer import train
+
+PICTURES = 20  # on samples.png, of each model
 
 
 @dataclass
@@ -30,6 +34,7 @@ class TeacherArguments(TrainArguments):
 
     def load_teacher(self) -> Teacher:
         """The frozen teacher."""
+        set_seed(self.seed)  # adapters and heads that are made next start at random
         teacher = Teacher.from_pretrained(self.pretrained_teacher_model, revision=self.revision, variant=self.variant)
         teacher.check_distillable()
         return teacher
@@ -57,6 +62,27 @@ class DistillationArguments(StudentArguments):
         default=None, metadata={"help": "Timesteps themselves, noisiest first; several: a few-step student."}
     )
     fake_score_updates: int = field(default=1, metadata={"help": "Fake-score updates per student update."})
+    lora_rank: int | None = field(
+        default=None, metadata={"help": "Train student and fake score as adapters on the teacher's own weights."}
+    )
+    lora_alpha: float | None = field(default=None, metadata={"help": "Default: `lora_rank`, a scale of 1."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Ends of layer names; default: all layers wider than the rank."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lora_rank is None and (self.lora_alpha is not None or self.lora_target_modules):
+            raise ValueError("`lora_rank` must be given with `lora_alpha` or `lora_target_modules`, but is None.")
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise ValueError(f"`lora_rank` must be at least 1, but is {self.lora_rank}.")
+
+    def lora_config(self) -> LoraConfig | None:
+        """What the `lora_` flags say."""
+        if self.lora_rank is None:
+            return None
+        alpha = self.lora_rank if self.lora_alpha is None else self.lora_alpha
+        return LoraConfig(r=self.lora_rank, lora_alpha=alpha, target_modules=self.lora_target_modules)
 
 
 def train_student(
@@ -80,23 +106,20 @@ def student_hooks(
         return teacher.student_pipeline(network, **distiller.student_settings)
 
     def save(folder: Path) -> None:
-        write_repository(pipeline(), folder)
+        if not is_adapted(network):
+            return write_repository(pipeline(), folder)
+        whole = merged(network)
+        complete = teacher.student_pipeline(whole, **distiller.student_settings)
+        component = next(name for name, part in complete.components.items() if part is whole)
+        write_repository(
+            complete, folder, lambda beside: save_lora_weights(type(complete), component, network, beside)
+        )
 
-    def validate(folder: Path) -> dict[str, float]:
+    def run(noise, cond, generator):
         device = next(network.parameters()).device
-        generator = torch.Generator().manual_seed(args.seed)
+        return distiller.sample(noise.to(device), {k: v.to(device) for k, v in cond.items()}, generator)
 
-        def sample(noise, cond):
-            return distiller.sample(noise.to(device), {k: v.to(device) for k, v in cond.items()}, generator)
-
-        comparison_grid(teacher, sample, folder / "samples.png", seed=args.seed)
-        if not args.validation_samples or teacher.sample_shape != FashionCNN.input_shape:
-            return {}
-        # other noises than those of the evaluation that is reported
-        row = evaluate(pipeline(), name="student", num_samples=args.validation_samples, seed=args.seed + 1000)
-        return {"distance": row.value}
-
-    return save, validate
+    return save, validation(teacher, run, args)
 
 
 def compression_hooks(
@@ -111,23 +134,25 @@ def compression_hooks(
     def save(folder: Path) -> None:
         write_repository(teacher.compressed_pipeline(student.network), folder)
 
+    def run(noise, cond, generator):
+        return sample(student, teacher.scheduler, noise, cond, num_inference_steps=num_inference_steps)
+
+    return save, validation(teacher, run, args, num_inference_steps)
+
+
+def validation(
+    teacher: Teacher, student: Images, args: TrainArguments, num_inference_steps: int = 50
+) -> Callable[[Path], dict[str, float]]:
+    """How `train()` shows a student: `samples.png`, below the teacher at so many steps, and its live numbers."""
+    watch = Watch(teacher, args) if args.validation_samples else None
+
     def validate(folder: Path) -> dict[str, float]:
-        def run(noise, cond):
-            return sample(student, teacher.scheduler, noise, cond, num_inference_steps=num_inference_steps)
+        above = sampler(teacher, num_inference_steps=num_inference_steps)
+        noise, cond = conditions(teacher, PICTURES, args.seed, None)
+        comparison_grid(above, lambda *inputs: picture(student(*inputs)), noise, cond, folder / "samples.png")
+        return watch(student) if watch else {}
 
-        comparison_grid(teacher, run, folder / "samples.png", seed=args.seed, num_inference_steps=num_inference_steps)
-        if not args.validation_samples or teacher.sample_shape != FashionCNN.input_shape:
-            return {}
-        row = evaluate(
-            Teacher(teacher.compressed_pipeline(student.network)),
-            num_inference_steps=num_inference_steps,
-            num_samples=args.validation_samples,
-            seed=args.seed + 1000,
-        )
-        student.network.requires_grad_(True)  # a teacher's is frozen
-        return {"distance": row.value}
-
-    return save, validate
+    return validate
 
 
 def default_hooks(distiller: Distiller, args: TrainArguments):

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -96,18 +96,22 @@ def safetensors_only(path_or_id: str) -> Iterator[None]:
         ) from error
 
 
-def write_repository(pipeline: DiffusionPipeline, folder: Path) -> None:
+def write_repository(
+    pipeline: DiffusionPipeline, folder: Path, more: Callable[[Path], None] = lambda folder: None
+) -> None:
     """Save a pipeline file by file, `model_index.json` last: a reader finds the old state, the new one, or, the first
     time, none.
 
     Args:
         pipeline (`DiffusionPipeline`): what to save, as safetensors.
         folder (`Path`): an existing or new folder; other files in it are left alone.
+        more (callable, *optional*): writes further files of the repository into a folder that it is given.
     """
     folder = Path(folder)
     beside = folder / ".student.writing"
     shutil.rmtree(beside, ignore_errors=True)
     pipeline.save_pretrained(beside, safe_serialization=True)
+    more(beside)
     files = sorted((f for f in beside.rglob("*") if f.is_file()), key=lambda f: f.name == "model_index.json")
     for file in files:
         target = folder / file.relative_to(beside)

@@ -7,6 +7,7 @@ micro-batches.
 
 import atexit
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -20,21 +21,27 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, cpu_offload_with_hook
+from accelerate.hooks import UserCpuOffloadHook
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import DistributedType, broadcast, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from diffusers.utils import is_bitsandbytes_available
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from .arguments import TrainArguments
+from .arguments import DTYPES, TrainArguments
+from .health import Health, draw_health, read_log
 from .hub import create_model_card
+from .lora import is_adapted, leave_dtypes_to_autocast
 from .methods.base import Batch, Distiller
 from .records import RUN_RECORD, run_record, without_secret_settings
 from .repository import write_json
 
 logger = get_logger(__name__)
+
+DIVERGED = 1000  # beyond the number of any signal
 
 _STATE = ("step", "images_seen", "train_seconds", "best_distance")  # what trainer_state.json holds, with the schedules
 
@@ -101,7 +108,8 @@ def train(
 
     Raises:
         FloatingPointError: when a loss is not finite; names method, network, step and the last good checkpoint.
-        SystemExit: after SIGTERM or Ctrl-C, when the checkpoint is written.
+        SystemExit: after SIGTERM or Ctrl-C, or a health warning under `stop_on_divergence`, when the checkpoint is
+            written.
     """
     if save is None and validate is None:
         from .distillation import default_hooks
@@ -135,21 +143,28 @@ class Trainer:
                 )
             args.gradient_accumulation_steps = args.global_batch_size // micro_batch
         atexit.register(self.accelerator.state.destroy_process_group)
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError(
+                "`distributed_type` of the launcher must be NO or MULTI_GPU, but is FSDP: networks are not sharded. "
+                "For large teachers use `lora_rank`, `teacher_dtype` bf16 and `gradient_checkpointing`."
+            )
         set_seed(args.seed)
         self.step, self.images_seen, self.train_seconds = 0, 0, 0.0
         self.best_distance: float | None = None
         self._stop_signal = None
         self._record: dict = {}
+        self._divergence: str | None = None
+        self.gradient_norms: dict[str, torch.Tensor] = {}  # of the last update, before clipping
         self._prepare()
 
     def _prepare(self) -> None:
         args, accelerator = self.args, self.accelerator
-        dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]
+        dtype = DTYPES.get(accelerator.mixed_precision)
+        self._teacher_hook = self._prepare_teacher()
         for denoiser in (v for v in vars(self.distiller).values() if isinstance(v, torch.nn.Module)):
-            denoiser.to(accelerator.device)
-            for part in denoiser.modules():
-                if hasattr(part, "autocast_dtype"):  # a `Denoiser`, or an `Autoencoder`
-                    part.autocast_dtype = dtype
+            if not (self._teacher_hook and denoiser is self.distiller.teacher):
+                denoiser.to(accelerator.device)
+            configure_networks(denoiser, dtype, args.gradient_checkpointing)
         self.optimizers, self.lr_schedulers, self.parameters = {}, {}, {}
         for name, network in self.distiller.trainable.items():
             # evaluation mode: no DDP wrapper. Gradients of frozen networks flow in some phases and several forwards
@@ -165,8 +180,7 @@ class Trainer:
             beta1 = args.adam_beta1
             if name == "student" and args.student_adam_beta1 is not None:
                 beta1 = args.student_adam_beta1
-            kind = {"adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}[args.optimizer]
-            optimizer = kind(
+            optimizer = optimizer_class(args.optimizer)(
                 self.parameters[name],
                 lr=rate,
                 betas=(beta1, args.adam_beta2),
@@ -184,6 +198,24 @@ class Trainer:
         if args.ema_halflife_kimg:
             self.ema = HalfLifeEMA(self.parameters["student"], 1000 * args.ema_halflife_kimg, args.ema_rampup_ratio)
         self.max_grad_norm = self.distiller.max_grad_norm if args.max_grad_norm is None else args.max_grad_norm
+
+    def _prepare_teacher(self) -> UserCpuOffloadHook | None:
+        """The frozen weights in their dtype, and where they wait for their use."""
+        args = self.args
+        if not (args.teacher_dtype or args.offload_teacher):
+            return None
+        teacher = getattr(self.distiller, "teacher", None)
+        if teacher is None:
+            raise ValueError(
+                f"`teacher_dtype` and `offload_teacher` need a teacher, but {type(self.distiller).__name__} has none."
+            )
+        if args.teacher_dtype:
+            teacher.to(DTYPES[args.teacher_dtype])
+        if not args.offload_teacher:
+            return None
+        if is_adapted(self.distiller.student.network):
+            raise ValueError("`offload_teacher` must be off with adapters, which live on the teacher's weights.")
+        return cpu_offload_with_hook(teacher.network, self.accelerator.device)[1]
 
     # the loop
 
@@ -204,6 +236,7 @@ class Trainer:
             self._record = self.start_record()
             write_json(self.output_dir / "training_args.json", self.settings)
             truncate_log(self.output_dir / "log.jsonl", self.step)
+            self.health = Health(read_log(self.output_dir / "log.jsonl"))
         accelerator.init_trackers("diffusers-onestep", config=_scalars(self.settings))
         if self.step >= args.max_train_steps:  # perhaps stopped between the last checkpoint and the student
             self.write_student()
@@ -220,10 +253,10 @@ class Trainer:
                 if self.step % args.logging_steps == 0 or self.step == args.max_train_steps:
                     bar.set_postfix({k: f"{v:.4g}" for k, v in losses.items()})
                     self.log(losses)
-                stopping = self.stopping()
                 last = self.step == args.max_train_steps
                 if last or (args.validation_steps and self.step % args.validation_steps == 0):
                     self.write_samples()
+                stopping = self.stopping()
                 if stopping or last or self.step % args.checkpointing_steps == 0:
                     self.save_checkpoint()
                 if stopping:
@@ -279,14 +312,19 @@ class Trainer:
             for gradient in gradients:
                 gradient.nan_to_num_(nan=0.0, posinf=1e5, neginf=-1e5)
         if self.max_grad_norm:
-            self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm)
-        if self.accelerator.mixed_precision != "fp16":  # there the gradient scaler skips such steps
+            norm = self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm)
+        else:
+            self.accelerator.unscale_gradients(optimizer)
             norm = torch.nn.utils.get_total_norm(gradients)
-            if not torch.isfinite(norm):
-                self.fail(name, norm, "gradient norm")
+        # in fp16 the gradient scaler skips such steps
+        if self.accelerator.mixed_precision != "fp16" and not torch.isfinite(norm):
+            self.fail(name, norm, "gradient norm")
+        self.gradient_norms[name] = norm.detach()
         optimizer.step()
         for other in self.optimizers.values():
             other.zero_grad()
+        if self._teacher_hook:
+            self._teacher_hook.offload()
 
     def generators(self, micro_batch: int, batch_size: int) -> list[torch.Generator]:
         first = (micro_batch * self.accelerator.num_processes + self.accelerator.process_index) * batch_size
@@ -329,21 +367,23 @@ class Trainer:
                 signal.signal(number, handler)
 
     def stopping(self) -> int:
-        """The signal that any rank has received, or 0."""
+        """The signal that any rank has received, `DIVERGED`, or 0."""
+        own = DIVERGED if self._divergence else self._stop_signal or 0
         if self.accelerator.num_processes == 1:
-            return self._stop_signal or 0
-        flag = torch.tensor([float(self._stop_signal or 0)], device=self.accelerator.device)
+            return own
+        flag = torch.tensor([float(own)], device=self.accelerator.device)
         return int(self.accelerator.gather(flag).max().item())
 
     def leave(self, number: int) -> None:
+        why = "--stop_on_divergence" if number == DIVERGED else signal.Signals(number).name
         if self.accelerator.is_main_process:
             print(
-                f"\nStopped by {signal.Signals(number).name} after step {self.step}; the checkpoint is written. "
-                "Go on with the same command and --resume_from_checkpoint latest.",
+                f"\nStopped by {why} after step {self.step}; the checkpoint is written. "
+                f"{self._divergence or 'Go on with the same command and --resume_from_checkpoint latest.'}",
                 flush=True,
             )
         self.finish_trackers()
-        raise SystemExit(128 + number)
+        raise SystemExit(1 if number == DIVERGED else 128 + number)
 
     def finish_trackers(self) -> None:
         """Not `end_training`, which takes the process group from a second `train()` of the same process."""
@@ -457,27 +497,82 @@ class Trainer:
                     self.write_repository(self.output_dir / "best", picture=self.output_dir / "samples.png")
             if values:
                 self.write_log(values)
+            self.draw_health()
         self.accelerator.wait_for_everyone()
+
+    def draw_health(self) -> None:
+        """Rewrite `health.png`; without matplotlib there is `log.jsonl` alone."""
+        if importlib.util.find_spec("matplotlib"):
+            draw_health(self.output_dir / "log.jsonl", self.output_dir / "health.png")
 
     def log(self, losses: dict[str, float]) -> None:
         values = {f"loss/{name}": value for name, value in losses.items()}
         values |= {name: float(value) for name, value in self.distiller.diagnostics.items()}
+        norms = {name: float(norm) for name, norm in self.gradient_norms.items()}
+        values |= {f"gradient_norm/{name}": norm for name, norm in norms.items()}
+        if norms.get("fake_score"):
+            values["gradient_norm_ratio"] = norms["student"] / norms["fake_score"]
         if self.accelerator.is_main_process:
             self.write_log(values)
 
     def write_log(self, values: dict[str, float]) -> None:
         self.accelerator.log(values, step=self.step)
-        line = {"step": self.step, "images": self.images_seen, "seconds": round(self.train_seconds, 1)} | values
+        self.write_line(values)
+        for text in self.health.add(values):
+            logger.warning("Step %d: %s", self.step, text)
+            self.write_line({"warning": text})
+            if self.args.stop_on_divergence:
+                self._divergence = text
+
+    def write_line(self, values: dict[str, float | str]) -> None:
+        about = {"step": self.step, "images": self.images_seen, "seconds": round(self.train_seconds, 1)}
         with open(self.output_dir / "log.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(about | values) + "\n")
 
 
-def average_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parameter]) -> None:
-    """Replace every gradient by its mean over all ranks, in one transfer."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
+def configure_networks(module: torch.nn.Module, autocast_dtype: torch.dtype | None, checkpointing: bool) -> None:
+    """Tell every `Denoiser` (or `Autoencoder`) in `module` in which precision its network is called, and what that
+    keeps."""
+    for part in module.modules():
+        if hasattr(part, "autocast_dtype"):
+            part.autocast_dtype = autocast_dtype
+            if autocast_dtype is not None:
+                leave_dtypes_to_autocast(part.network)
+            if checkpointing:
+                checkpoint_gradients(part.network)
+
+
+def checkpoint_gradients(network: torch.nn.Module) -> None:
+    """Let a network compute most activations again in the backward pass."""
+    if not getattr(network, "_supports_gradient_checkpointing", False):
+        raise ValueError(f"`gradient_checkpointing` must be off for a {type(network).__name__}, which has none.")
+    network.enable_gradient_checkpointing()
+
+
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """The optimizer that a name of `--optimizer` means."""
+    if name != "adamw8bit":
+        return {"adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}[name]
+    if not (torch.cuda.is_available() and is_bitsandbytes_available()):
+        raise ValueError("`optimizer` 'adamw8bit' needs a GPU and bitsandbytes: pip install bitsandbytes.")
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit
+
+
+def average_gradients(
+    accelerator: Accelerator, parameters: list[torch.nn.Parameter], transfer_size: int = 2**26
+) -> None:
+    """Replace every gradient by its mean over all ranks, in transfers of about `transfer_size` numbers."""
+    waiting: list[torch.Tensor] = []
+    for gradient in (*(p.grad for p in parameters if p.grad is not None), None):
+        if gradient is not None:
+            waiting.append(gradient)
+        if waiting and (gradient is None or sum(g.numel() for g in waiting) >= transfer_size):
+            flat = accelerator.reduce(torch.cat([g.flatten() for g in waiting]), "mean")
+            for target, mean in zip(waiting, flat.split([g.numel() for g in waiting]), strict=True):
+                target.copy_(mean.view_as(target))
+            waiting = []
 
 
 def checkpoint_path(output_dir: Path, step: int) -> Path:

@@ -29,7 +29,7 @@ def test_defaults_are_the_papers():
     sid, dmd = parse_args(SID, REQUIRED), parse_args(DMD, REQUIRED)
     assert (sid.alpha, sid.start_ratio, sid.adam_beta1, sid.loss_scale) == (1.2, 2.5, 0.0, 100.0)
     pid, dkdm = parse_args(PID, REQUIRED), parse_args(DKDM, REQUIRED)
-    assert (pid.num_points, pid.rule, pid.distance, pid.optimizer) == (250, "first", "lpips", "radam")
+    assert (pid.num_points, pid.rule, pid.distance, pid.optimizer) == (250, "first", "lpips-average", "radam")
     assert (dkdm.scheme, dkdm.reservoir_ratio, dkdm.learning_rate) == ("dynamic", 0.4, 1e-4)
     assert (dmd.start_ratio, dmd.adam_beta1, dmd.adam_weight_decay, dmd.ema_halflife_kimg) == (None, 0.9, 0.01, 0.0)
 

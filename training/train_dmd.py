@@ -9,8 +9,6 @@
 
 from dataclasses import dataclass, field
 
-from accelerate.utils import set_seed
-
 from diffusers_onestep import DMD
 from diffusers_onestep.arguments import parse_args
 from diffusers_onestep.data import Batches, Conditions, load_images, load_pairs
@@ -40,7 +38,6 @@ def main(args: DMDArguments) -> None:
             raise ValueError(f"`{source}` must be given with a `{weight}` of {getattr(args, weight)}, but is None.")
     if args.regression_weight and args.gan_weight:
         raise ValueError("`regression_weight` and `gan_weight` must not both be set: DMD has the one, DMD2 the other.")
-    set_seed(args.seed)  # the GAN head starts at random
     teacher = args.load_teacher()
     distiller = DMD(
         teacher.guided(args.guidance_scale),
@@ -53,6 +50,7 @@ def main(args: DMDArguments) -> None:
         fake_score_updates=args.fake_score_updates,
         student=args.load_student(),
         student_timesteps=args.student_timesteps,
+        lora=args.lora_config(),
     )
     if args.regression_weight:
         samples = load_pairs(args.pairs)

@@ -38,6 +38,7 @@ def main(args: SiDArguments) -> None:
         fake_score_updates=args.fake_score_updates,
         student=args.load_student(),
         student_timesteps=args.student_timesteps,
+        lora=args.lora_config(),
     )
     batches = Batches(Conditions(teacher.encode()), args.train_batch_size, args.seed)
     train_student(distiller, batches, args, teacher)

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+from peft import LoraConfig
 from torch import nn
 
 from ..denoiser import Cond, Denoiser, GuidedDenoiser
+from ..lora import adapted
 
 Batch = dict[str, Any]
 Generators = torch.Generator | list[torch.Generator] | None
@@ -51,9 +53,13 @@ def sample_shape_of(teacher: Any) -> tuple[int, int, int]:
     return config.in_channels, height, width
 
 
-def copy_denoiser(denoiser: Denoiser | GuidedDenoiser) -> Denoiser:
-    """An unguided, trainable float32 copy of a denoiser: fp32 master weights, whatever the teacher's dtype."""
-    network = copy.deepcopy(denoiser.network).float().requires_grad_(True)
+def copy_denoiser(denoiser: Denoiser | GuidedDenoiser, lora: LoraConfig | None = None) -> Denoiser:
+    """An unguided, trainable float32 copy of a denoiser: fp32 master weights, whatever the teacher's dtype. With
+    `lora`, a float32 adapter on the denoiser's own weights instead."""
+    if lora is None:
+        network = copy.deepcopy(denoiser.network).float().requires_grad_(True)
+    else:
+        network = adapted(denoiser.network, lora)
     return Denoiser(network, denoiser.schedule, denoiser.prediction_type)
 
 
@@ -83,7 +89,7 @@ class Distiller(ABC):
     @property
     @abstractmethod
     def trainable(self) -> dict[str, nn.Module]:
-        """Networks by name; `"student"` is the one that is saved."""
+        """What is trained by name: networks, or their adapters; `"student"` is the one that is saved."""
 
     @abstractmethod
     def updates(self, batch: Batch, generator: Generators = None) -> Updates:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig
 from torch import nn
 
 from ..denoiser import Denoiser
@@ -113,7 +114,7 @@ class DMD(ScoreDistiller):
         regression_loss (`str` or callable, *optional*, defaults to `"lpips"`): see `image_distance`.
         gan_weight (`float`, *optional*, defaults to 0.0): of the student's GAN loss (batches need real images `"x0"`).
         gan_critic_weight (`float`, *optional*, defaults to 0.01): of the critic's.
-        student, student_timesteps, fake_score_updates, sample_shape: see `ScoreDistiller`.
+        student, student_timesteps, fake_score_updates, sample_shape, lora: see `ScoreDistiller`.
     """
 
     paper = Paper(
@@ -138,6 +139,7 @@ class DMD(ScoreDistiller):
         student: Denoiser | None = None,
         student_timesteps: list[float] | None = None,
         sample_shape: tuple[int, int, int] | None = None,
+        lora: LoraConfig | None = None,
     ):
         super().__init__(
             teacher,
@@ -146,6 +148,7 @@ class DMD(ScoreDistiller):
             student=student,
             fake_score_updates=fake_score_updates,
             sample_shape=sample_shape,
+            lora=lora,
         )
         if level_ratios is not None and not (len(level_ratios) == 2 and 0 < level_ratios[0] < level_ratios[1]):
             raise ValueError(f"`level_ratios` must be two rising positive numbers, but are {level_ratios}.")
@@ -165,9 +168,10 @@ class DMD(ScoreDistiller):
 
     @property
     def trainable(self):
+        parts = super().trainable
         if self.head is None:
-            return super().trainable
-        return super().trainable | {"fake_score": nn.ModuleList([self.fake_score.network, self.head])}
+            return parts
+        return parts | {"fake_score": nn.ModuleList([parts["fake_score"], self.head])}
 
     def student_loss(self, x0, batch, generator=None):
         loss = distribution_matching_loss(x0, *self.scores(x0, batch, generator))

@@ -9,9 +9,11 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import nn
 
 from ..denoiser import Cond, Denoiser, GuidedDenoiser
+from ..lora import trained_part
 from ..schedules import EDMSchedule, VPSchedule
 from .base import (
     Batch,
@@ -36,6 +38,8 @@ class ScoreDistiller(OneStepDistiller):
         student (`Denoiser`, *optional*): where the student starts from, if not at the teacher.
         fake_score_updates (`int`, *optional*): fake-score updates per student update.
         sample_shape (`tuple`, *optional*): `(C, H, W)` of model space, for networks without a diffusers config.
+        lora (`LoraConfig`, *optional*): makes student and fake score two float32 adapters on the teacher's weights
+            instead of two copies; without `target_modules`, on every layer that is wider than the rank.
     """
 
     through_scores: bool  # do gradients of the student's loss flow through teacher and fake score?
@@ -52,6 +56,7 @@ class ScoreDistiller(OneStepDistiller):
         student: Denoiser | None,
         fake_score_updates: int,
         sample_shape: tuple[int, int, int] | None,
+        lora: LoraConfig | None,
     ):
         if fake_score_updates < 1:
             raise ValueError(f"`fake_score_updates` must be at least 1, but is {fake_score_updates}.")
@@ -60,11 +65,13 @@ class ScoreDistiller(OneStepDistiller):
         self.teacher: Denoiser | GuidedDenoiser = teacher if bare else teacher.denoiser
         self.teacher.requires_grad_(False).eval()
         self.origin = teacher
-        self.student = copy_denoiser(self.teacher)
+        self.student = copy_denoiser(self.teacher, lora)
         if student is not None:
+            if lora is not None:
+                raise ValueError("`student` must be None with `lora`, whose student starts at the teacher.")
             check_same_prediction(student, self.teacher)
             self.student.network = copy_denoiser(student).network  # on the teacher's schedule
-        self.fake_score = copy_denoiser(self.teacher)
+        self.fake_score = copy_denoiser(self.teacher, lora)
         self.fake_score_updates = fake_score_updates
         schedule = self.teacher.schedule
         if student_timesteps is None:
@@ -84,7 +91,7 @@ class ScoreDistiller(OneStepDistiller):
 
     @property
     def trainable(self) -> dict[str, nn.Module]:
-        return {"student": self.student.network, "fake_score": self.fake_score.network}
+        return {"student": trained_part(self.student.network), "fake_score": trained_part(self.fake_score.network)}
 
     @property
     def diagnostics(self):
@@ -117,9 +124,10 @@ class ScoreDistiller(OneStepDistiller):
 
     def learn(self, name: str) -> None:
         """From now on gradients reach network `name` alone, and dropout, if the paper has it, is on in no other."""
-        for other, network in self.trainable.items():
-            network.requires_grad_(other == name)
-            network.train(self.dropout and other == name)
+        for other, part in self.trainable.items():
+            part.requires_grad_(other == name)
+        for other, denoiser in (("student", self.student), ("fake_score", self.fake_score)):
+            denoiser.network.train(self.dropout and other == name)
 
     def generate(self, batch: Batch, generator: Generators = None) -> torch.Tensor:
         """Samples of the student, `(B, C, H, W)`.

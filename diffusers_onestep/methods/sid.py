@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch.utils.checkpoint import checkpoint
 
 from ..denoiser import Denoiser
@@ -32,8 +33,8 @@ def sid_loss(
     batch_size = x0.shape[0]
     dtype = torch.promote_types(x0.dtype, torch.float32)
     x0, teacher_x0, fake_x0 = (v.to(dtype).flatten(1) for v in (x0, teacher_x0, fake_x0))
-    finite = (x0.isfinite() & teacher_x0.isfinite() & fake_x0.isfinite()).all(1)
-    x0, teacher_x0, fake_x0 = x0[finite], teacher_x0[finite], fake_x0[finite]
+    finite = (x0.isfinite() & teacher_x0.isfinite() & fake_x0.isfinite()).all(1, keepdim=True)
+    x0, teacher_x0, fake_x0 = (torch.where(finite, v, 0.0) for v in (x0, teacher_x0, fake_x0))
     d = teacher_x0 - fake_x0
     loss = (d * ((teacher_x0 - x0) - alpha * d)).sum(1)
     if normalize:
@@ -56,7 +57,7 @@ class SiD(ScoreDistiller):
             and fp16.
         sequential (`bool`, *optional*, defaults to `False`): backpropagate through one score network at a time: peak
             activations of one network instead of three, for three more forwards.
-        student, student_timesteps, fake_score_updates, sample_shape: see `ScoreDistiller`.
+        student, student_timesteps, fake_score_updates, sample_shape, lora: see `ScoreDistiller`.
     """
 
     paper = Paper(
@@ -81,6 +82,7 @@ class SiD(ScoreDistiller):
         student: Denoiser | None = None,
         student_timesteps: list[float] | None = None,
         sample_shape: tuple[int, int, int] | None = None,
+        lora: LoraConfig | None = None,
     ):
         super().__init__(
             teacher,
@@ -89,6 +91,7 @@ class SiD(ScoreDistiller):
             student=student,
             fake_score_updates=fake_score_updates,
             sample_shape=sample_shape,
+            lora=lora,
         )
         default = {EDMSchedule: "karras", FlowSchedule: "logit_normal", VPSchedule: "uniform"}
         self.noise_levels = noise_levels or default[type(self.teacher.schedule)]

@@ -1,0 +1,102 @@
+"""What keeps a training step small."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from conftest import tiny_unet
+from peft import LoraConfig
+from torch import nn
+
+from diffusers_onestep import DMD, Denoiser, SiD, VPSchedule, train
+from diffusers_onestep.arguments import TrainArguments
+from diffusers_onestep.data import Batches, Conditions
+from diffusers_onestep.methods.pretrain import Pretraining
+from diffusers_onestep.trainer import Trainer, average_gradients
+
+VP = VPSchedule(torch.linspace(0.9999, 0.01, 1000))
+
+
+def arguments(folder, **other):
+    return TrainArguments(
+        **{"output_dir": str(folder), "train_batch_size": 2, "max_train_steps": 2, "learning_rate": 1e-3} | other
+    )
+
+
+def teacher():
+    return Denoiser(tiny_unet(), VP, "epsilon")
+
+
+def weights(distiller):
+    return torch.cat([p.flatten() for p in distiller.student.network.parameters()])
+
+
+@pytest.mark.parametrize("method, options", [(SiD, {}), (DMD, {"fake_score_updates": 2})])
+def test_checkpointing_and_offloading_change_no_weight(method, options, tmp_path):
+    results = []
+    for number, flags in enumerate([{}, {"gradient_checkpointing": True}, {"offload_teacher": True}]):
+        distiller = method(teacher(), **options)
+        distiller.dropout = False
+        train(distiller, Batches(Conditions(), 2), arguments(tmp_path / str(number), **flags))
+        results.append(weights(distiller))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-6)
+
+
+def test_the_teacher_leaves_the_device_after_every_update(tmp_path):
+    trainer = Trainer(DMD(teacher()), arguments(tmp_path, offload_teacher=True))
+    seen = []
+    trainer._teacher_hook.offload = lambda: seen.append("away")
+    trainer.distiller.teacher.network.register_forward_hook(lambda *_: seen.append("used"))
+    trainer.train_step([{"batch_size": 2, "cond": {}}])
+    assert seen == ["used", "away", "away"]  # the student's update, then the fake score's
+
+
+def test_teacher_dtype_is_of_the_frozen_weights_alone(tmp_path):
+    distiller = DMD(teacher())
+    start = weights(distiller)
+    train(distiller, Batches(Conditions(), 2), arguments(tmp_path, teacher_dtype="bf16"))
+    assert {p.dtype for p in distiller.teacher.parameters()} == {torch.bfloat16}
+    assert weights(distiller).dtype == torch.float32 and not torch.equal(weights(distiller), start)
+
+
+def test_what_cannot_be_right_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"`offload_teacher` must be off with adapters"):
+        Trainer(SiD(teacher(), lora=LoraConfig(r=2)), arguments(tmp_path, offload_teacher=True))
+    with pytest.raises(ValueError, match=r"`gradient_checkpointing` must be off for a Conv2d"):
+        denoiser = Denoiser(nn.Conv2d(1, 1, 1), VP, "epsilon")
+        Trainer(SiD(denoiser, sample_shape=(1, 4, 4)), arguments(tmp_path, gradient_checkpointing=True))
+    with pytest.raises(ValueError, match=r"`optimizer` must be 'adamw', 'radam' or 'adamw8bit'"):
+        arguments(tmp_path, optimizer="sgd")
+    with pytest.raises(ValueError, match=r"`teacher_dtype` must be one of"):
+        arguments(tmp_path, teacher_dtype="int8")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"`optimizer` 'adamw8bit' needs a GPU and bitsandbytes"):
+            Trainer(SiD(teacher()), arguments(tmp_path, optimizer="adamw8bit"))
+    with pytest.raises(ValueError, match=r"need a teacher, but Pretraining has none"):
+        Trainer(Pretraining(teacher()), arguments(tmp_path, teacher_dtype="bf16"))
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(ValueError, match=r"`distributed_type` of the launcher must be NO or MULTI_GPU"):
+        Trainer(SiD(teacher()), arguments(tmp_path))
+
+
+class Doubling:
+    """Another rank has three times the gradient of this one."""
+
+    def __init__(self):
+        self.sizes = []
+
+    def reduce(self, tensor, reduction):
+        self.sizes.append(tensor.numel())
+        return 2 * tensor
+
+
+def test_gradients_travel_in_pieces():
+    parameters = [nn.Parameter(torch.zeros(n)) for n in (3, 5, 2, 7)]
+    for number, parameter in enumerate(parameters):
+        if number != 2:
+            parameter.grad = torch.full_like(parameter, 1.0 + number)
+    ranks = Doubling()
+    average_gradients(ranks, parameters, transfer_size=6)
+    assert ranks.sizes == [8, 7]
+    assert [p.grad.unique().tolist() for p in parameters if p.grad is not None] == [[2.0], [4.0], [8.0]]

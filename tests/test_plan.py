@@ -1,0 +1,199 @@
+"""`onestep plan` against the steps that it foretells."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from conftest import ROOT, tiny_unet
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from hub_server import LocalHub
+
+from diffusers_onestep import DMD, Denoiser, SiD, VPSchedule
+from diffusers_onestep.cli import main
+from diffusers_onestep.plan import MemoryMeter, PlanArguments, example_cond, measure, plan, plan_step
+from diffusers_onestep.trainer import checkpoint_gradients
+
+CONFIG = {
+    "_class_name": "UNet2DConditionModel",
+    "sample_size": 16,
+    "block_out_channels": [32, 64],
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "cross_attention_dim": 16,
+    "attention_head_dim": 2,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+}
+SCHEDULER = DDPMScheduler()
+
+
+def arguments(**other):
+    defaults = {"pretrained_teacher_model": "", "train_batch_size": 2, "device": "cpu"}
+    return PlanArguments(**defaults | other)
+
+
+def real_step(args, **options):
+    """The same step with data, under the same meter."""
+    network = UNet2DConditionModel.from_config(CONFIG).requires_grad_(False).eval()
+    denoiser = Denoiser(network, VPSchedule(SCHEDULER.alphas_cumprod), "epsilon")
+    method = {"sid": SiD, "dmd": DMD}[args.method]
+    distiller = method(denoiser, lora=args.lora_config(), fake_score_updates=args.fake_score_updates, **options)
+    if args.gradient_checkpointing:
+        for part in (distiller.teacher, distiller.student, distiller.fake_score):
+            checkpoint_gradients(part.network)
+    return measure(distiller, {"batch_size": 2, "cond": example_cond(network, 2)}, args)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"sequential": True},
+        {"lora_rank": 4, "ema_halflife_kimg": 1.0},
+        {"method": "dmd", "fake_score_updates": 2, "gradient_checkpointing": True},
+    ],
+)
+def test_a_step_without_data_needs_what_a_real_one_does(flags):
+    args = arguments(**flags)
+    planned = plan_step(CONFIG, SCHEDULER, args)
+    real = real_step(args, **({"sequential": True} if args.sequential else {}))
+    assert planned.parameters == real.parameters
+    assert planned.flops == real.flops > 0
+    for purpose in ("weights, frozen", "weights, trained", "optimizer", "EMA"):
+        assert planned.memory[purpose] == pytest.approx(real.memory[purpose], abs=4096), purpose
+    assert planned.peak == pytest.approx(real.peak, rel=0.04)
+
+
+def test_bytes_by_purpose():
+    count = sum(p.numel() for p in UNet2DConditionModel.from_config(CONFIG).parameters())
+    whole = plan_step(CONFIG, SCHEDULER, arguments(teacher_dtype="bf16", ema_halflife_kimg=1.0))
+    assert whole.memory["weights, frozen"] == 2 * count
+    assert whole.memory["weights, trained"] == 2 * 4 * count
+    assert whole.memory["optimizer"] == pytest.approx(2 * 8 * count, abs=4096)  # and a step count for each tensor
+    assert whole.memory["EMA"] == 4 * count and 0 <= whole.memory["gradients"] <= 4 * count
+    assert whole.peak == sum(whole.memory.values())
+    eight = plan_step(CONFIG, SCHEDULER, arguments(optimizer="adamw8bit"))
+    assert 2 * 2 * count < eight.memory["optimizer"] < 0.5 * whole.memory["optimizer"]
+    lora = plan_step(CONFIG, SCHEDULER, arguments(lora_rank=4, lora_target_modules=["to_q"]))
+    adapters = 2 * sum(4 * (p.shape[0] + p.shape[1]) for name, p in _queries())
+    assert lora.memory["weights, frozen"] == 4 * count and lora.memory["weights, trained"] == 4 * adapters
+    assert lora.memory["optimizer"] == pytest.approx(8 * adapters, abs=4096)
+
+
+def _queries():
+    network = UNet2DConditionModel.from_config(CONFIG)
+    return [(name, p) for name, p in network.named_parameters() if name.endswith("to_q.weight")]
+
+
+def test_what_saves_memory_saves_memory():
+    def activations(**flags):
+        return plan_step(CONFIG, SCHEDULER, arguments(**flags)).memory["activations and temporaries"]
+
+    plain = activations()
+    assert activations(sequential=True) < 0.6 * plain
+    assert activations(gradient_checkpointing=True) < 0.8 * plain
+    assert activations(method="dmd") < 0.6 * plain
+    assert activations(train_batch_size=4) == pytest.approx(2 * plain, rel=0.1)
+
+
+def test_guidance_and_attention_are_counted():
+    plain, guided = (plan_step(CONFIG, SCHEDULER, arguments(method="dmd", guidance_scale=g)) for g in (1.0, 3.0))
+    assert guided.flops > 1.1 * plain.flops  # one more evaluation of eight
+    q = torch.randn(1, 2, 8, 4, requires_grad=True)
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from diffusers_onestep.plan import _FLOPS
+
+    with FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter:
+        torch.nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()
+    product = 2 * 2 * 8 * 8 * 4
+    assert counter.get_total_flops() == (2 + 5) * product  # two products forward, five back
+
+
+def test_the_meter_counts_what_lives():
+    kept = torch.zeros(100)
+    meter = MemoryMeter()
+    meter.leave_out([kept])
+    with meter:
+        first = kept.view(10, 10) + 1
+        assert meter.live == 400
+        second = first * 2
+        del first
+        assert (meter.live, meter.peak) == (400, 800)
+        meter.reset()
+        second.add_(1)
+        kept.view(-1)
+        assert meter.peak == 400
+    del second
+    assert meter.live == 0
+
+
+@pytest.fixture
+def configs_only(teacher_folder, tmp_path):
+    shutil.copytree(teacher_folder, tmp_path / "teacher", ignore=shutil.ignore_patterns("*.safetensors"))
+    return tmp_path / "teacher"
+
+
+def test_config_files_are_enough(configs_only, capsys):
+    assert not list(configs_only.rglob("*.safetensors"))
+    args = arguments(pretrained_teacher_model=str(configs_only), lora_rank=2, resolution=32)
+    planned = plan(args)
+    assert planned.parameters["teacher"] == sum(p.numel() for p in tiny_unet(classes=3).parameters())
+    main(["plan", "--pretrained_teacher_model", str(configs_only), "--method", "dmd", "--train_batch_size", "2"])
+    text = capsys.readouterr().out
+    assert "peak" in text and "TFLOP" in text and "Not counted" in text
+
+
+def test_a_hub_id_costs_its_config_files(configs_only, tmp_path):
+    shutil.copytree(configs_only, tmp_path / "hub" / "user" / "teacher")
+    with LocalHub(tmp_path / "hub") as hub:
+        done = subprocess.run(
+            [sys.executable, "-m", "diffusers_onestep.cli", "plan", "--pretrained_teacher_model", "user/teacher"],
+            env=os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")},
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "parameters: teacher" in done.stdout
+    fetched = {path.name for path in (tmp_path / "home" / "hub").rglob("snapshots/*/**/*") if not path.is_dir()}
+    assert fetched == {"model_index.json", "config.json", "scheduler_config.json"}
+
+
+def test_resolution_counts_in_latents(configs_only):
+    (configs_only / "vae").mkdir()
+    (configs_only / "vae" / "config.json").write_text(json.dumps({"block_out_channels": [8, 16, 32]}))
+    index = json.loads((configs_only / "model_index.json").read_text())
+    (configs_only / "model_index.json").write_text(json.dumps(index | {"vae": ["diffusers", "AutoencoderKL"]}))
+    at = {r: plan(arguments(pretrained_teacher_model=str(configs_only), resolution=r)).flops for r in (32, 64)}
+    assert at[64] == pytest.approx(4 * at[32], rel=0.05)
+    with pytest.raises(ValueError, match=r"`resolution` must be a multiple of 4, but is 30"):
+        plan(arguments(pretrained_teacher_model=str(configs_only), resolution=30))
+
+
+def test_bad_flags_are_refused(configs_only):
+    with pytest.raises(ValueError, match=r"`method` must be one of"):
+        arguments(method="pid")
+    with pytest.raises(ValueError, match=r"`sequential` must be off"):
+        arguments(method="dmd", sequential=True)
+    with pytest.raises(ValueError, match=r"`lora_rank` must be given"):
+        arguments(lora_alpha=2.0)
+    with pytest.raises(ValueError, match=r"`lora_rank` must be at least 1"):
+        arguments(lora_rank=0)
+    with pytest.raises(SystemExit):
+        main(["plan", "--pretrained_teacher_model", str(configs_only), "--no_such_flag", "1"])
+    with pytest.raises(SystemExit):
+        main(["info", "fashion32", "--no_such_flag", "1"])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "training" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_launcher_configs_are_accelerates(path):
+    config = load_config_from_file(str(path))  # an unknown key is an error
+    assert config.num_processes == yaml.safe_load(path.read_text())["num_processes"]
+    assert str(config.distributed_type.value) in ("NO", "MULTI_GPU")
