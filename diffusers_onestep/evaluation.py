@@ -460,7 +460,8 @@ def markdown_table(rows: list[Metrics]) -> str:
         own = row.scores or {row.metric: row}
         cells = [stated(own[name].value, own[name].error) if name in own else "–" for name in names]
         latency = "–" if row.latency is None else f"{1000 * row.latency:.3g}"
-        cells = [row.model, str(row.nfe), *cells, latency, f"{row.images_per_second:.3g}"]
+        speed = row.images_per_second
+        cells = [row.model, str(row.nfe), *cells, latency, f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -468,7 +469,7 @@ def markdown_table(rows: list[Metrics]) -> str:
 def stated(value: float, error: float | None) -> str:
     """A value to the digits that its error leaves it."""
     if not error:
-        return f"{value:.3g}"
+        return f"{value:#.3g}"
     digits = min(6, max(0, 1 - math.floor(math.log10(error))))
     return f"{value:.{digits}f} ± {error:.{digits}f}"
 
