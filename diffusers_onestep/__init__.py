@@ -41,6 +41,7 @@ _PUBLIC = {
     "models": ["SpaceToDepthUNet2DModel"],
     "repository": ["shipped_model"],
     "evaluation": ["evaluate", "Metrics"],
+    "hub": ["create_model_card", "push_student"],
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 # diffusers' loader looks for these two on the library that a repository names
@@ -72,6 +73,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from .denoiser import Denoiser, GuidedDenoiser
     from .evaluation import Metrics, evaluate
+    from .hub import create_model_card, push_student
     from .methods.dkdm import DKDM
     from .methods.dmd import DMD
     from .methods.dode import DODEReport, fit_d_ode

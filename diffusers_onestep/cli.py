@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def main(argv: list[str] | None = None) -> None:
-    """`onestep quickstart | sample | info | plan`."""
+    """`onestep quickstart | sample | info | push | plan`."""
     parser = argparse.ArgumentParser(prog="onestep", description="One-step students of diffusion models.")
     commands = parser.add_subparsers(dest="command", required=True)
     quick = commands.add_parser("quickstart", help="distil the shipped teacher into a one-step student, live")
@@ -28,6 +28,13 @@ def main(argv: list[str] | None = None) -> None:
     about = commands.add_parser("info", help="say what a model folder holds")
     about.add_argument("model", help="a folder or a shipped name")
     about.set_defaults(run=info)
+    pushing = commands.add_parser("push", help="push a student's folder to the Hub, with its card")
+    pushing.add_argument("folder", help="what a training script wrote")
+    pushing.add_argument("repo_id", help="user/name, or name for the user who is logged in")
+    pushing.add_argument("--private", action="store_true", help="make the repository private, if it is new")
+    pushing.add_argument("--revision", help="branch to commit to; default: main")
+    pushing.add_argument("--create_pr", action="store_true", help="open a pull request instead")
+    pushing.set_defaults(run=push)
     planning = commands.add_parser(
         "plan", help="say what memory and work a training step needs, from config files alone", add_help=False
     )
@@ -40,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     try:
         args.pop("run")(**args)
-    except ValueError as error:
+    except (ValueError, ConnectionError) as error:
         raise SystemExit(f"onestep: {error}") from error
 
 
@@ -48,11 +55,12 @@ def quickstart(output_dir: str, max_train_steps: int, num_samples: int) -> None:
     """Distil `fashion32` by SiD and compare: teacher, fresh student, shipped student."""
     import torch
 
-    from . import OneStepPipeline, SiD, Teacher, evaluate
+    from . import OneStepPipeline, SiD, Teacher, create_model_card, evaluate
     from .data import Batches, Conditions
     from .distillation import DistillationArguments, train_student
     from .evaluation import markdown_table, write_metrics
     from .presets import FASHION32_QUICKSTART
+    from .records import command_line
 
     started = time.perf_counter()
     shutil.rmtree(Path(output_dir) / "checkpoints", ignore_errors=True)  # of an earlier quickstart
@@ -77,7 +85,8 @@ def quickstart(output_dir: str, max_train_steps: int, num_samples: int) -> None:
     ]
     rows.append(evaluate(fresh, name="this student", num_samples=num_samples, seed=1))
     rows.append(evaluate(shipped, name="shipped student", num_samples=num_samples, seed=1))
-    write_metrics(Path(output_dir) / "metrics.json", rows, command="onestep quickstart")
+    write_metrics(Path(output_dir) / "metrics.json", rows, command=command_line() or "onestep quickstart")
+    create_model_card(output_dir)
     print(f"\n{markdown_table(rows)}\n")
     print(f"Student: {output_dir}   Pictures: {output_dir}/samples.png (teacher above student)")
     print(f"Done in {time.perf_counter() - started:.0f} s. Next: onestep sample {output_dir}")
@@ -132,6 +141,14 @@ def info(model: str) -> None:
     for key in ("student_timesteps", "init_noise_sigma", "original_inference_steps", "num_train_timesteps"):
         if key in scheduler:
             print(f"  {key}: {scheduler[key]}")
+
+
+def push(folder: str, repo_id: str, private: bool, revision: str | None, create_pr: bool) -> None:
+    """One commit of the student, its card, metrics and pictures."""
+    from . import push_student
+
+    url = push_student(folder, repo_id, private=private, revision=revision, create_pr=create_pr)
+    print(f"Pushed: {url}")
 
 
 def plan(flags: list[str]) -> None:

@@ -3,9 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
@@ -14,9 +12,9 @@ from torch import nn
 
 from .arguments import TrainArguments
 from .data import Batches, Conditions, Samples, load_pairs
-from .denoiser import Denoiser, GuidedDenoiser
-from .evaluation import Sampler, comparison_grid, evaluate
-from .features import FashionCNN
+from .denoiser import Cond, Denoiser, GuidedDenoiser
+from .evaluation import comparison_grid, noises_and_labels
+from .health import Images, Watch
 from .lora import is_adapted, merged, save_lora_weights
 from .methods.base import Distiller, OneStepDistiller
 from .methods.distances import PERCEPTUAL, Decoded
@@ -32,9 +30,11 @@ from .prompts import (
     read_prompts,
 )
 from .repository import keep_parts, write_repository
-from .sampling import sample
+from .sampling import picture, sample
 from .teacher import Teacher
 from .trainer import train
+
+PICTURES, PROMPTED_PICTURES = 20, 4  # on samples.png, of each model
 
 
 @dataclass
@@ -182,26 +182,16 @@ def student_hooks(
 
     pipeline()  # a start that it can not make is an error now, not after the training
 
-    def validate(folder: Path) -> dict[str, float]:
+    def run(noise, cond, generator):
         device = next(network.parameters()).device
-        generator = torch.Generator().manual_seed(args.seed)
-
-        def sample(noise, cond):
-            return distiller.sample(noise.to(device), {k: v.to(device) for k, v in cond.items()}, generator)
-
-        show(teacher, sample, folder, args, samples)
-        if not args.validation_samples or teacher.sample_shape != FashionCNN.input_shape:
-            return {}
-        # other noises than those of the evaluation that is reported
-        row = evaluate(pipeline(), name="student", num_samples=args.validation_samples, seed=args.seed + 1000)
-        return {"distance": row.value}
+        return distiller.sample(noise.to(device), {k: v.to(device) for k, v in cond.items()}, generator)
 
     def complete() -> DiffusionPipeline:
         if not is_adapted(network):
             return pipeline()
         return teacher.student_pipeline(merged(network), **distiller.student_settings)
 
-    return student_writer(complete, teacher, args, network), validate
+    return student_writer(complete, teacher, args, network), validation(teacher, run, args, samples)
 
 
 def student_writer(
@@ -225,20 +215,6 @@ def student_writer(
     return save
 
 
-def show(
-    teacher: Teacher, sampler: Sampler, folder: Path, args: TrainArguments, samples: Samples | None, **settings: Any
-) -> None:
-    """Write `samples.png`, teacher above student."""
-    if not teacher.takes_prompts:
-        comparison_grid(teacher, sampler, folder / "samples.png", seed=args.seed, **settings)
-    elif samples is not None:
-        columns = min(4, len(samples))
-        cond = samples.batch(list(range(columns)))["cond"]
-        kappas, guidance_scale = getattr(args, "kappas", None), getattr(args, "guidance_scale", 1.0)
-        settings |= {"columns": columns, "cond": cond, "guidance_scale": kappas[-1] if kappas else guidance_scale}
-        comparison_grid(teacher, sampler, folder / "samples.png", seed=args.seed, **settings)
-
-
 def compression_hooks(
     distiller: DKDM,
     args: TrainArguments,
@@ -252,26 +228,54 @@ def compression_hooks(
         return None, None
     student = distiller.student
 
-    def validate(folder: Path) -> dict[str, float]:
-        def run(noise, cond):
-            return sample(student, teacher.scheduler, noise, cond, num_inference_steps=num_inference_steps)
-
-        show(teacher, run, folder, args, samples, num_inference_steps=num_inference_steps)
-        if not args.validation_samples or teacher.sample_shape != FashionCNN.input_shape:
-            return {}
-        row = evaluate(
-            Teacher(teacher.compressed_pipeline(student.network)),
-            num_inference_steps=num_inference_steps,
-            num_samples=args.validation_samples,
-            seed=args.seed + 1000,
-        )
-        student.network.requires_grad_(True)  # a teacher's is frozen
-        return {"distance": row.value}
-
     def pipeline() -> DiffusionPipeline:
         return teacher.compressed_pipeline(student.network)
 
-    return student_writer(pipeline, teacher, args, student.network), validate
+    def run(noise, cond, generator):
+        return sample(student, teacher.scheduler, noise, cond, num_inference_steps=num_inference_steps)
+
+    save = student_writer(pipeline, teacher, args, student.network)
+    return save, validation(teacher, run, args, samples, num_inference_steps)
+
+
+def validation(
+    teacher: Teacher,
+    student: Images,
+    args: TrainArguments,
+    samples: Samples | None = None,
+    num_inference_steps: int = 50,
+) -> Callable[[Path], dict[str, float]]:
+    """How `train()` shows a student: `samples.png`, below the teacher at so many steps, and its live numbers. Those
+    of a text-to-image student are of the first `samples`' prompts."""
+    kappas, guidance_scale = getattr(args, "kappas", None), getattr(args, "guidance_scale", 1.0)
+    guidance_scale = kappas[-1] if kappas else guidance_scale
+    prompted = teacher.takes_prompts
+    if prompted and samples is None:
+        return lambda folder: {}
+
+    def prompts(count: int) -> Cond | None:
+        return samples.batch(list(range(min(count, len(samples)))))["cond"] if prompted else None
+
+    watch = None
+    if args.validation_samples:
+        cond = prompts(args.validation_samples)
+        watch = Watch(teacher, args, cond=cond, decode=teacher.decode, guidance_scale=guidance_scale)
+
+    def above(noise, cond, generator):
+        settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        return picture(teacher.decode(teacher.sample(noise, cond, **settings)))
+
+    def below(noise, cond, generator):
+        return picture(teacher.decode(student(noise, cond, generator)))
+
+    def validate(folder: Path) -> dict[str, float]:
+        cond = prompts(PROMPTED_PICTURES)
+        count = len(next(iter(cond.values()))) if cond else PICTURES
+        noise, labels = noises_and_labels(teacher.sample_shape, teacher.num_labels, count, args.seed)
+        comparison_grid(above, below, noise, cond or labels, folder / "samples.png")
+        return watch(student) if watch else {}
+
+    return validate
 
 
 def default_hooks(distiller: Distiller, args: TrainArguments):

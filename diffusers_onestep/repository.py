@@ -3,11 +3,21 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from torch import nn
 
 ASSETS = Path(__file__).parent / "assets"
@@ -31,6 +41,60 @@ def resolve_model(path_or_id: str | os.PathLike) -> str:
     if not path.is_dir() and (ASSETS / path / "model_index.json").is_file():
         return str(ASSETS / path)
     return str(path_or_id)
+
+
+def load_index(path_or_id: str, **hub: Any) -> dict[str, Any]:
+    """`model_index.json` of a folder or a Hub repository.
+
+    Args:
+        path_or_id (`str`): what `resolve_model` gave.
+        hub: `revision`, `token`, `cache_dir`, `local_files_only`, ... of `hf_hub_download`.
+
+    Raises:
+        ValueError: if there is no such repository or revision, or no access to it, or it holds no pipeline.
+        ConnectionError: if the Hub cannot be reached and the file is not in its cache.
+    """
+    about = f"{path_or_id!r} must be a folder of a model, a shipped model or a Hub repository, but"
+    if Path(path_or_id).is_dir():
+        file = Path(path_or_id) / "model_index.json"
+        if not file.is_file():
+            raise ValueError(f"{about} is a folder without a model_index.json.")
+        return read_json(file)
+    try:
+        return read_json(Path(hf_hub_download(path_or_id, "model_index.json", **hub)))
+    except GatedRepoError as error:
+        raise ValueError(
+            f"{about} is gated: ask for access at https://huggingface.co/{path_or_id} and log in (`hf auth login`)."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"{about} does not exist, or is private: then log in with `hf auth login`.") from error
+    except RevisionNotFoundError as error:
+        raise ValueError(
+            f"`revision` must be a branch, tag or commit of {path_or_id!r}, but is {hub['revision']!r}."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise ConnectionError(
+            f"{path_or_id!r} is not in the cache, and the Hub could not be reached (or HF_HUB_OFFLINE is set): "
+            "try again when it can."
+        ) from error
+    except EntryNotFoundError as error:
+        raise ValueError(f"{about} has no model_index.json: it holds no pipeline.") from error
+    except HFValidationError as error:
+        raise ValueError(f"{about} is none of them.") from error
+
+
+@contextmanager
+def safetensors_only(path_or_id: str) -> Iterator[None]:
+    """Load with `use_safetensors=True` inside: the error of weights that are none says why they are not loaded."""
+    try:
+        yield
+    except OSError as error:
+        if "safetensors" not in str(error):
+            raise
+        raise OSError(
+            f"{path_or_id!r} must have its weights as safetensors: others are pickles, which can run code. "
+            f"Ask its authors for safetensors, or convert the weights if you trust them. ({error})"
+        ) from error
 
 
 def write_repository(
@@ -106,8 +170,18 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def write_json(path: Path, content: dict) -> None:
     """Write beside, then rename."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside, then rename."""
     beside = path.with_name(f".{path.name}.writing")
-    beside.write_text(json.dumps(content, indent=2) + "\n")
+    beside.write_text(text, encoding="utf-8")
     os.replace(beside, path)

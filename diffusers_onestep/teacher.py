@@ -14,7 +14,7 @@ from .denoiser import Cond, Denoiser, GuidedDenoiser
 from .families import FAMILIES, family_of
 from .methods.base import sample_shape_of
 from .pipelines import OneStepPipeline
-from .repository import resolve_model
+from .repository import load_index, resolve_model, safetensors_only
 from .sampling import sample
 from .schedulers import student_scheduler
 from .schedules import EDMSchedule, FlowSchedule, NoiseSchedule
@@ -38,6 +38,7 @@ class Teacher:
         pipeline (`DiffusionPipeline`): where it came from.
         sample_shape (`tuple[int, int, int]`): `(C, H, W)` of model space.
         family (`Family`, *optional*): the kind of text-to-image pipeline; None for pixels.
+        name (`str`, *optional*): what it was loaded as, at `revision`; for the cards of its students.
 
     Example:
 
@@ -65,6 +66,8 @@ class Teacher:
                 f"or one of {[family.stock for family in FAMILIES]}, but is {type(pipeline).__name__}."
             )
         self.pipeline = pipeline
+        self.name: str | None = None
+        self.revision: str | None = None
         self.embedded_guidance = embedded_guidance
         network = getattr(pipeline, self.network_name).requires_grad_(False).eval()
         self.id2label = named_labels(id2label, network)
@@ -115,13 +118,16 @@ class Teacher:
             settings: `resolution` and `embedded_guidance`, as the class takes them.
         """
         path = resolve_model(path_or_id)
-        index = DiffusionPipeline.load_config(path, revision=revision)
-        pipeline = DiffusionPipeline.from_pretrained(
-            path, revision=revision, variant=variant, use_safetensors=True, **({"dtype": dtype} if dtype else {})
-        )
+        index = load_index(path, revision=revision)
+        with safetensors_only(path):
+            pipeline = DiffusionPipeline.from_pretrained(
+                path, revision=revision, variant=variant, use_safetensors=True, **({"dtype": dtype} if dtype else {})
+            )
         if device is not None:
             pipeline.to(device)
-        return cls(pipeline, index.get("id2label"), **settings)
+        teacher = cls(pipeline, index.get("id2label"), **settings)
+        teacher.name, teacher.revision = str(path_or_id), revision
+        return teacher
 
     @property
     def takes_prompts(self) -> bool:
