@@ -29,7 +29,7 @@ STUDENT = {
     "unet/config.json",
     "unet/diffusion_pytorch_model.safetensors",
 }
-BESIDE = {"README.md", "metrics.json", "samples.png", "NOTICE", "pytorch_lora_weights.safetensors"}
+BESIDE = {"README.md", "metrics.json", "samples.png", "health.png", "NOTICE", "pytorch_lora_weights.safetensors"}
 
 
 @pytest.fixture
@@ -237,7 +237,12 @@ def test_training_pushes_when_it_is_done_and_stops_at_once_without_access(hub, t
     flags = {"push_to_hub": True, "hub_model_id": "user/trained", "hub_private_repo": True, "hub_token": TOKEN}
     folder = trained(teacher_folder, tmp_path / "out", **flags)
     repository = hub.repositories["user/trained"]
-    assert repository.private and set(repository.files()) == STUDENT | {"README.md", "samples.png", ".gitattributes"}
+    assert repository.private and set(repository.files()) == STUDENT | {
+        "README.md",
+        "samples.png",
+        "health.png",
+        ".gitattributes",
+    }
     assert "Pushed: " in capsys.readouterr().out
     files = [file for file in folder.rglob("*") if file.is_file()]
     assert not [file for file in files if TOKEN.encode() in file.read_bytes()]
