@@ -29,9 +29,20 @@ _PUBLIC = {
     ],
     "methods.dode": ["fit_d_ode", "DODEReport"],
     "pipelines": ["OneStepPipeline"],
+    "pipelines.pipeline_text_to_image": [
+        "OneStepStableDiffusionPipeline",
+        "OneStepStableDiffusionXLPipeline",
+        "OneStepStableDiffusion3Pipeline",
+        "OneStepFluxPipeline",
+        "OneStepPixArtAlphaPipeline",
+        "OneStepPixArtSigmaPipeline",
+        "OneStepSanaPipeline",
+    ],
+    "prompts": ["PromptEmbeddings", "CaptionedLatents"],
     "models": ["EDMUNet2DModel", "EDM2UNet2DModel", "SpaceToDepthUNet2DModel"],
     "repository": ["shipped_model"],
     "evaluation": ["evaluate", "Metrics"],
+    "hub": ["create_model_card", "push_student"],
     "conversion": ["convert"],
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
@@ -65,6 +76,7 @@ if TYPE_CHECKING:
     from .conversion import convert
     from .denoiser import Denoiser, GuidedDenoiser
     from .evaluation import Metrics, evaluate
+    from .hub import create_model_card, push_student
     from .methods.dkdm import DKDM
     from .methods.dmd import DMD
     from .methods.dode import DODEReport, fit_d_ode
@@ -72,6 +84,16 @@ if TYPE_CHECKING:
     from .methods.sid import SiD
     from .models import EDM2UNet2DModel, EDMUNet2DModel, SpaceToDepthUNet2DModel
     from .pipelines import OneStepPipeline
+    from .pipelines.pipeline_text_to_image import (
+        OneStepFluxPipeline,
+        OneStepPixArtAlphaPipeline,
+        OneStepPixArtSigmaPipeline,
+        OneStepSanaPipeline,
+        OneStepStableDiffusion3Pipeline,
+        OneStepStableDiffusionPipeline,
+        OneStepStableDiffusionXLPipeline,
+    )
+    from .prompts import CaptionedLatents, PromptEmbeddings
     from .repository import shipped_model
     from .schedulers import (
         DistilledDDIMScheduler,

@@ -20,8 +20,39 @@ _AT_LEAST_ONE = (
 )
 
 
+@dataclass(kw_only=True)
+class HubArguments:
+    """Flags of everything that can push what it wrote."""
+
+    push_to_hub: bool = field(default=False, metadata={"help": "Push the result, with its card, when it is done."})
+    hub_model_id: str | None = field(default=None, metadata={"help": "Default: the name of the pushed folder."})
+    hub_private_repo: bool = field(default=False, metadata={"help": "Make the repository private, if it is new."})
+    hub_token: str | None = field(
+        default=None, metadata={"help": "Better not on the command line: default is HF_TOKEN or `hf auth login`."}
+    )
+
+    def repo_id(self, folder: str | Path) -> str:
+        """Where `folder` is pushed to."""
+        return self.hub_model_id or Path(folder).resolve().name
+
+    def open_repository(self, folder: str | Path) -> None:
+        """Make the repository, if `push_to_hub` is on: a token that will not do must not show after the work."""
+        if self.push_to_hub:
+            from .hub import open_repository
+
+            open_repository(self.repo_id(folder), private=self.hub_private_repo, token=self.hub_token)
+
+    def push(self, folder: str | Path) -> None:
+        """Push `folder`, if `push_to_hub` is on; see `push_student`."""
+        if self.push_to_hub:
+            from .hub import push_student
+
+            url = push_student(folder, self.repo_id(folder), private=self.hub_private_repo, token=self.hub_token)
+            print(f"Pushed: {url}", flush=True)
+
+
 @dataclass
-class TrainArguments:
+class TrainArguments(HubArguments):
     """Settings of the training loop. A method's script adds its own; names are those of diffusers' examples."""
 
     output_dir: str = field(metadata={"help": "Where the student, its card and the checkpoints go."})
@@ -54,10 +85,20 @@ class TrainArguments:
     checkpoints_total_limit: int | None = field(default=2, metadata={"help": "Keep only the newest ones."})
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "'latest' or a checkpoint's folder."})
     validation_steps: int = field(
-        default=0, metadata={"help": "Write samples.png every so many steps; 0: at the end."}
+        default=0, metadata={"help": "Write samples.png and health.png every so many steps; 0: at the end."}
     )
     validation_samples: int = field(
-        default=0, metadata={"help": "Samples of a live FD-fashion at each validation, for 1x32x32 images."}
+        default=0, metadata={"help": "Samples of the live distance, diversity and saturation; 0: none of them."}
+    )
+    validation_extractor: str | None = field(
+        default=None, metadata={"help": "Of the live distance; default: fashion for 1x32x32, else effnet-lite0."}
+    )
+    validation_reference: str | None = field(
+        default=None,
+        metadata={"help": "Of the live distance; default: Fashion-MNIST for 1x32x32, else the teacher's images."},
+    )
+    stop_on_divergence: bool = field(
+        default=False, metadata={"help": "When a health warning comes, write a checkpoint and stop."}
     )
     logging_steps: int = field(default=10, metadata={"help": "Write log.jsonl and trackers every so many steps."})
     report_to: str | None = field(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def main(argv: list[str] | None = None) -> None:
-    """`onestep quickstart | sample | info | convert | plan`."""
+    """`onestep quickstart | sample | info | convert | push | plan`."""
     parser = argparse.ArgumentParser(prog="onestep", description="One-step students of diffusion models.")
     commands = parser.add_subparsers(dest="command", required=True)
     quick = commands.add_parser("quickstart", help="distil the shipped teacher into a one-step student, live")
@@ -20,6 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     sampling = commands.add_parser("sample", help="write a picture of a student's images")
     sampling.add_argument("model", help="a folder, a Hub id or a shipped name")
     sampling.add_argument("--class_labels", nargs="*", help="labels by id or name; default: drawn at random")
+    sampling.add_argument("--prompts", nargs="*", help="what a text-to-image student is to show, an image each")
     sampling.add_argument("--num_images", type=int, default=10, help="number of images without labels")
     sampling.add_argument("--seed", type=int, default=0)
     sampling.add_argument("--output", default="samples.png")
@@ -35,6 +36,13 @@ def main(argv: list[str] | None = None) -> None:
     converting.add_argument("--config", help="JSON file of the network's options, where the file has none")
     converting.add_argument("--student_timesteps", nargs="+", type=int, help="of a text-to-image student")
     converting.set_defaults(run=convert)
+    pushing = commands.add_parser("push", help="push a student's folder to the Hub, with its card")
+    pushing.add_argument("folder", help="what a training script wrote")
+    pushing.add_argument("repo_id", help="user/name, or name for the user who is logged in")
+    pushing.add_argument("--private", action="store_true", help="make the repository private, if it is new")
+    pushing.add_argument("--revision", help="branch to commit to; default: main")
+    pushing.add_argument("--create_pr", action="store_true", help="open a pull request instead")
+    pushing.set_defaults(run=push)
     planning = commands.add_parser(
         "plan", help="say what memory and work a training step needs, from config files alone", add_help=False
     )
@@ -47,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     try:
         args.pop("run")(**args)
-    except ValueError as error:
+    except (ValueError, ConnectionError) as error:
         raise SystemExit(f"onestep: {error}") from error
 
 
@@ -55,11 +63,12 @@ def quickstart(output_dir: str, max_train_steps: int, num_samples: int) -> None:
     """Distil `fashion32` by SiD and compare: teacher, fresh student, shipped student."""
     import torch
 
-    from . import OneStepPipeline, SiD, Teacher, evaluate
+    from . import OneStepPipeline, SiD, Teacher, create_model_card, evaluate
     from .data import Batches, Conditions
     from .distillation import DistillationArguments, train_student
     from .evaluation import markdown_table, write_metrics
     from .presets import FASHION32_QUICKSTART
+    from .records import command_line
 
     started = time.perf_counter()
     shutil.rmtree(Path(output_dir) / "checkpoints", ignore_errors=True)  # of an earlier quickstart
@@ -84,20 +93,37 @@ def quickstart(output_dir: str, max_train_steps: int, num_samples: int) -> None:
     ]
     rows.append(evaluate(fresh, name="this student", num_samples=num_samples, seed=1))
     rows.append(evaluate(shipped, name="shipped student", num_samples=num_samples, seed=1))
-    write_metrics(Path(output_dir) / "metrics.json", rows, command="onestep quickstart")
+    write_metrics(Path(output_dir) / "metrics.json", rows, command=command_line() or "onestep quickstart")
+    create_model_card(output_dir)
     print(f"\n{markdown_table(rows)}\n")
     print(f"Student: {output_dir}   Pictures: {output_dir}/samples.png (teacher above student)")
     print(f"Done in {time.perf_counter() - started:.0f} s. Next: onestep sample {output_dir}")
 
 
-def sample(model: str, class_labels: list[str] | None, num_images: int, seed: int, output: str) -> None:
-    """One picture with all images, ten a row."""
+def sample(
+    model: str,
+    class_labels: list[str] | None,
+    prompts: list[str] | None,
+    num_images: int,
+    seed: int,
+    output: str,
+) -> None:
+    """One picture with all images, ten a row, four of text-to-image students."""
     import torch
 
     from . import OneStepPipeline
     from .sampling import picture, save_grid
 
     pipeline = OneStepPipeline.from_pretrained(model)
+    if not isinstance(pipeline, OneStepPipeline):
+        if not prompts:
+            raise ValueError(f"`prompts` must be given for a text-to-image student, but are {prompts}.")
+        images = pipeline(prompts, generator=torch.Generator().manual_seed(seed), output_type="pt").images
+        save_grid(picture(2 * images - 1), Path(output), min(4, len(prompts)), scale=1)
+        print(f"{len(prompts)} images in {output}")
+        return
+    if prompts:
+        raise ValueError(f"`prompts` must not be given for a student that takes none, but are {prompts}.")
     labels = [int(label) if label.isdigit() else label for label in class_labels] if class_labels else None
     batch_size = len(labels) if labels else num_images
     images = pipeline(
@@ -138,6 +164,14 @@ def info(model: str) -> None:
     if (folder / "conversion.json").is_file():
         source = json.loads((folder / "conversion.json").read_text())
         print(f"  converted from: {source['file']} ({source['kind']})\n  licence: {source['license']}")
+
+
+def push(folder: str, repo_id: str, private: bool, revision: str | None, create_pr: bool) -> None:
+    """One commit of the student, its card, metrics and pictures."""
+    from . import push_student
+
+    url = push_student(folder, repo_id, private=private, revision=revision, create_pr=create_pr)
+    print(f"Pushed: {url}")
 
 
 def plan(flags: list[str]) -> None:

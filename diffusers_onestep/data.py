@@ -140,7 +140,7 @@ def write_pairs(rows: Iterator[dict[str, torch.Tensor]], folder: Path, sample_sh
     """Stream teacher pairs to disk as a `datasets` data set, written beside and then renamed.
 
     Args:
-        rows (iterator of `dict`): `"noise"` and `"target"` of `sample_shape`, and scalar conditions.
+        rows (iterator of `dict`): `"noise"` and `"target"` of `sample_shape`, and labels or a `"prompt"`.
         folder (`Path`): must not exist yet.
         sample_shape (`tuple`): `(C, H, W)`.
     """
@@ -151,13 +151,15 @@ def write_pairs(rows: Iterator[dict[str, torch.Tensor]], folder: Path, sample_sh
         raise ValueError(f"`output_dir` must not exist yet, but {str(folder)!r} does.")
     first = next(rows)
     tensors = {k: Array3D(sample_shape, "float32") for k in ("noise", "target")}
-    features = Features(tensors | {k: Value("int64") for k in first if k not in tensors})
+    kinds = {k: Value("string" if isinstance(v, str) else "int64") for k, v in first.items() if k not in tensors}
+    features = Features(tensors | kinds)
     beside = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     with ArrowWriter(features=features, path=str(beside / "rows.arrow")) as writer:
         for row in chain([first], rows):
-            writer.write({k: v.numpy() if k in tensors else int(v) for k, v in row.items()})
+            plain = {k: v if isinstance(v, str) else int(v) for k, v in row.items() if k not in tensors}
+            writer.write({k: row[k].numpy() for k in tensors} | plain)
         writer.finalize()
     Dataset.from_file(str(beside / "rows.arrow")).save_to_disk(beside / "pairs")
     (beside / "pairs").rename(folder)

@@ -1,12 +1,12 @@
 """One view over any teacher: `(x_t, t, cond) -> x0`, whatever the network predicts and in whatever dtype it runs."""
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from .network_calls import network_output
 from .schedules import EDMSchedule, FlowSchedule, NoiseSchedule
 
 Cond = Mapping[str, torch.Tensor]
@@ -42,7 +42,8 @@ def predict_x0(
     """`x0 = c_skip * x_t + c_out * model_output`, in float32 (float64 for float64 samples), never clipped."""
     dtype = torch.promote_types(x_t.dtype, torch.float32)
     c_skip, c_out = x0_coefficients(schedule, prediction_type, t)
-    return c_skip.to(dtype) * x_t.to(dtype) + c_out.to(dtype) * model_output.to(dtype)
+    c_skip, c_out = (c.to(dtype).reshape(-1, *[1] * (x_t.ndim - 1)) for c in (c_skip, c_out))
+    return c_skip * x_t.to(dtype) + c_out * model_output.to(dtype)
 
 
 def trajectory(f: torch.Tensor, z: torch.Tensor, t: torch.Tensor, t_max: float) -> torch.Tensor:
@@ -76,7 +77,8 @@ def end_of_trajectory(
     """
     f = predict_x0(schedule, head, x_start, start, model_output)
     (u, _), (u_max, scale) = (ode_time(schedule, v) for v in (t, start))
-    return trajectory(f, x_start.to(f.dtype) / scale.to(f.dtype), u.to(f.dtype), u_max.to(f.dtype))
+    u, u_max, scale = (v.to(f.dtype).reshape(-1, *[1] * (f.ndim - 1)) for v in (u, u_max, scale))
+    return trajectory(f, x_start.to(f.dtype) / scale, u, u_max)
 
 
 def scale_input(schedule: NoiseSchedule, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -94,8 +96,8 @@ class Denoiser(nn.Module):
     result has the dtype of `x_t`. Nothing is clipped, so gradients flow through.
 
     Args:
-        network (`nn.Module`): called as `network(x_t, t, **cond)`; returns a tensor, a tuple or a diffusers output.
-            Channels beyond those of `x_t` (a learned variance) are dropped.
+        network (`nn.Module`): called as `network(x_t, t, **cond)`, or as its kind of diffusers model is
+            (`network_calls.py`). Channels beyond those of `x_t` (a learned variance) are dropped.
         schedule (`NoiseSchedule`): the forward process that the network was trained on.
         prediction_type (`str`): `"epsilon"`, `"v_prediction"`, `"sample"`, `"flow_prediction"`, `"edm"` or
             `"ve"`.
@@ -139,7 +141,6 @@ class Denoiser(nn.Module):
         self.schedule = schedule
         self.prediction_type = prediction_type
         self.autocast_dtype: torch.dtype | None = None  # set by the trainer for mixed precision
-        self._timestep_by_name = "timestep" in inspect.signature(network.forward).parameters
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: Cond | None = None) -> torch.Tensor:
         """Predicted `x0`, shape and dtype of `x_t` `(B, C, H, W)`, at timesteps `t` `(B,)`."""
@@ -162,11 +163,7 @@ class Denoiser(nn.Module):
         # one autocast region per call: a longer one would hand weights cast under no_grad to a call that needs
         # gradients
         with torch.autocast(sample.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            if self._timestep_by_name:
-                output = self.network(sample.to(dtype), timestep=t, **kwargs)
-            else:
-                output = self.network(sample.to(dtype), t, **kwargs)
-        output = output if isinstance(output, torch.Tensor) else output[0]
+            output = network_output(self.network, sample.to(dtype), t, kwargs)
         return (output if all_channels else output[:, : sample.shape[1]]).to(sample.dtype)
 
     def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

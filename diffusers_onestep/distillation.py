@@ -1,25 +1,40 @@
 """What the distillation scripts share: their flags, and the step from a trained network to a student's repository."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
+from diffusers import DiffusionPipeline
 from peft import LoraConfig
+from torch import nn
 
 from .arguments import TrainArguments
-from .denoiser import Denoiser
-from .evaluation import comparison_grid, evaluate
-from .features import FashionCNN
+from .data import Batches, Conditions, Samples, load_pairs
+from .denoiser import Cond, Denoiser, GuidedDenoiser
+from .evaluation import comparison_grid, noises_and_labels
+from .health import Images, Watch
 from .lora import is_adapted, merged, save_lora_weights
-from .methods.base import Batch, Distiller, OneStepDistiller
+from .methods.base import Distiller, OneStepDistiller
+from .methods.distances import PERCEPTUAL, Decoded
 from .methods.dkdm import DKDM
-from .pipelines import OneStepPipeline
-from .repository import write_repository
-from .sampling import sample
+from .prompts import (
+    DEFAULT_CACHE,
+    CaptionedLatents,
+    PromptEmbeddings,
+    PromptPairs,
+    captions_of,
+    column_of,
+    load_rows,
+    read_prompts,
+)
+from .repository import keep_parts, write_repository
+from .sampling import picture, sample
 from .teacher import Teacher
 from .trainer import train
+
+PICTURES, PROMPTED_PICTURES = 20, 4  # on samples.png, of each model
 
 
 @dataclass
@@ -30,13 +45,72 @@ class TeacherArguments(TrainArguments):
     revision: str | None = field(default=None, metadata={"help": "Of the teacher's repository."})
     variant: str | None = field(default=None, metadata={"help": "Of the teacher's weights, such as fp16."})
     guidance_scale: float = field(default=1.0, metadata={"help": "Of the teacher; the student bakes it in."})
+    prompts: str | None = field(default=None, metadata={"help": "Text-to-image: a file of prompts, one a line."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Text-to-image: a data set of captions (and images), instead of `prompts`."}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Of `dataset_name`."})
+    caption_column: str | None = field(default=None, metadata={"help": "Default: text, caption or the only one."})
+    image_column: str | None = field(default=None, metadata={"help": "Default: image or the only one."})
+    resolution: int | None = field(
+        default=None, metadata={"help": "Text-to-image: height and width in pixels. Default: the teacher's."}
+    )
+    embedded_guidance: float = field(default=3.5, metadata={"help": "What FLUX.1-dev's guidance embedding is fed."})
+    cache_dir: str = field(default=DEFAULT_CACHE, metadata={"help": "Of text embeddings and latents."})
+    encoding_batch_size: int = field(default=16, metadata={"help": "Prompts or images encoded at a time."})
 
     def load_teacher(self) -> Teacher:
         """The frozen teacher."""
         set_seed(self.seed)  # adapters and heads that are made next start at random
-        teacher = Teacher.from_pretrained(self.pretrained_teacher_model, revision=self.revision, variant=self.variant)
-        teacher.check_distillable()
-        return teacher
+        return Teacher.from_pretrained(
+            self.pretrained_teacher_model,
+            revision=self.revision,
+            variant=self.variant,
+            resolution=self.resolution,
+            embedded_guidance=self.embedded_guidance,
+        )
+
+    def guided(self, teacher: Teacher) -> Teacher | GuidedDenoiser:
+        """The teacher with `guidance_scale`."""
+        return teacher if self.guidance_scale == 1.0 else teacher.guided(self.guidance_scale)
+
+    def model_distance(self, teacher: Teacher, name: str, argument: str) -> str | Decoded:
+        """A distance for the teacher's model space: perceptual ones see the images that latents stand for."""
+        return Decoded(name, teacher.decode, argument) if teacher.takes_prompts and name in PERCEPTUAL else name
+
+    def load_samples(self, teacher: Teacher, *, images: bool = False, pairs: str | None = None) -> Samples:
+        """What batches are drawn from: conditions (every label, or the prompts of `prompts` or `dataset_name`), with
+        real `images` of `dataset_name`, or teacher `pairs`. Text encoders, which are not needed after that, are saved
+        to the output folder and freed."""
+        given = {name: getattr(self, name) for name in ("prompts", "dataset_name")} | {"pairs": pairs}
+        given = {name: value for name, value in given.items() if value is not None}
+        if not teacher.takes_prompts:
+            if wrong := given.keys() - {"pairs"}:
+                raise ValueError(f"`{min(wrong)}` must be None for a teacher that takes no prompts.")
+            return load_pairs(pairs) if pairs else Conditions(teacher.encode())
+        if len(given) != 1 or (images and "dataset_name" not in given):
+            needed = "`dataset_name`" if images else "One of `prompts` and `dataset_name` (or `pairs`)"
+            raise ValueError(f"{needed} must be given for this text-to-image teacher, but given are {given}.")
+        accelerator = Accelerator(mixed_precision=self.mixed_precision)
+        how = {"cache_dir": self.cache_dir, "batch_size": self.encoding_batch_size, "device": accelerator.device}
+        samples: Samples
+        if pairs is not None:
+            samples = PromptPairs(teacher, load_pairs(pairs).rows, **how)
+        elif self.prompts is not None:
+            samples = PromptEmbeddings(teacher, read_prompts(self.prompts), **how)
+        else:
+            rows = load_rows(self.dataset_name, self.dataset_split)
+            captions = column_of(rows, self.caption_column, "caption_column", "string", ("text", "caption", "prompt"))
+            if images:
+                pictures = column_of(rows, self.image_column, "image_column", "image", ("image",))
+                samples = CaptionedLatents(teacher, rows, pictures, captions, **how)
+            else:
+                samples = PromptEmbeddings(teacher, captions_of(rows, captions), **how)
+        if accelerator.is_main_process:
+            keep_parts(teacher.pipeline, Path(self.output_dir), teacher.text_encoders())
+        accelerator.wait_for_everyone()
+        teacher.free_text_encoders()
+        return samples
 
 
 @dataclass
@@ -84,82 +158,125 @@ class DistillationArguments(StudentArguments):
         return LoraConfig(r=self.lora_rank, lora_alpha=alpha, target_modules=self.lora_target_modules)
 
 
-def train_student(
-    distiller: OneStepDistiller, batches: Iterable[Batch], args: StudentArguments, teacher: Teacher
-) -> None:
+def train_student(distiller: OneStepDistiller, batches: Batches, args: StudentArguments, teacher: Teacher) -> None:
     """`train()`, saving the student as a repository of `teacher`'s kind and, beside it, a picture of both."""
-    save, validate = student_hooks(distiller, args, teacher)
+    save, validate = student_hooks(distiller, args, teacher, batches.samples)
     train(distiller, batches, args, save=save, validate=validate)
 
 
 def student_hooks(
-    distiller: OneStepDistiller, args: TrainArguments, teacher: Teacher | None = None
+    distiller: OneStepDistiller,
+    args: TrainArguments,
+    teacher: Teacher | None = None,
+    samples: Samples | None = None,
 ) -> tuple[Callable[[Path], None] | None, Callable[[Path], dict[str, float]] | None]:
-    """How `train()` saves and shows a student; two times None if it was not made from a `Teacher`."""
+    """How `train()` saves and shows a student; two times None if it was not made from a `Teacher`. The picture of a
+    text-to-image student is of the first `samples`' prompts."""
     teacher = teacher or distiller.origin
     if not isinstance(teacher, Teacher):
         return None, None
     network = distiller.student.network
 
-    def pipeline() -> OneStepPipeline:
+    def pipeline() -> DiffusionPipeline:
         return teacher.student_pipeline(network, **distiller.student_settings)
 
-    def save(folder: Path) -> None:
-        if not is_adapted(network):
-            return write_repository(pipeline(), folder)
-        whole = merged(network)
-        complete = teacher.student_pipeline(whole, **distiller.student_settings)
-        component = next(name for name, part in complete.components.items() if part is whole)
-        write_repository(
-            complete, folder, lambda beside: save_lora_weights(type(complete), component, network, beside)
-        )
+    pipeline()  # a start that it can not make is an error now, not after the training
 
-    def validate(folder: Path) -> dict[str, float]:
+    def run(noise, cond, generator):
         device = next(network.parameters()).device
-        generator = torch.Generator().manual_seed(args.seed)
+        return distiller.sample(noise.to(device), {k: v.to(device) for k, v in cond.items()}, generator)
 
-        def sample(noise, cond):
-            return distiller.sample(noise.to(device), {k: v.to(device) for k, v in cond.items()}, generator)
+    def complete() -> DiffusionPipeline:
+        if not is_adapted(network):
+            return pipeline()
+        return teacher.student_pipeline(merged(network), **distiller.student_settings)
 
-        comparison_grid(teacher, sample, folder / "samples.png", seed=args.seed)
-        if not args.validation_samples or teacher.sample_shape != FashionCNN.input_shape:
-            return {}
-        # other noises than those of the evaluation that is reported
-        row = evaluate(pipeline(), name="student", num_samples=args.validation_samples, seed=args.seed + 1000)
-        return {"distance": row.value}
+    return student_writer(complete, teacher, args, network), validation(teacher, run, args, samples)
 
-    return save, validate
+
+def student_writer(
+    pipeline: Callable[[], DiffusionPipeline], teacher: Teacher, args: TrainArguments, network: nn.Module
+) -> Callable[[Path], None]:
+    """Writes a student's repository into a folder, the parts that training leaves alone only the first time. An
+    adapter is merged into the weights, and is written beside them too."""
+    complete = set()
+
+    def save(folder: Path) -> None:
+        whole = pipeline()
+
+        def more(beside: Path) -> None:
+            if is_adapted(network):
+                save_lora_weights(type(whole), teacher.network_name, network, beside)
+
+        parts = (teacher.network_name, "scheduler") if folder in complete else None
+        write_repository(whole, folder, more, parts=parts, frozen=Path(args.output_dir))
+        complete.add(folder)
+
+    return save
 
 
 def compression_hooks(
-    distiller: DKDM, args: TrainArguments, num_inference_steps: int = 20
+    distiller: DKDM,
+    args: TrainArguments,
+    num_inference_steps: int = 20,
+    teacher: Teacher | None = None,
+    samples: Samples | None = None,
 ) -> tuple[Callable[[Path], None] | None, Callable[[Path], dict[str, float]] | None]:
     """How `train()` saves and shows a compressed model; two times None if it was not made from a `Teacher`."""
-    teacher = distiller.origin
+    teacher = teacher or distiller.origin
     if not isinstance(teacher, Teacher):
         return None, None
     student = distiller.student
 
-    def save(folder: Path) -> None:
-        write_repository(teacher.compressed_pipeline(student.network), folder)
+    def pipeline() -> DiffusionPipeline:
+        return teacher.compressed_pipeline(student.network)
+
+    def run(noise, cond, generator):
+        return sample(student, teacher.scheduler, noise, cond, num_inference_steps=num_inference_steps)
+
+    save = student_writer(pipeline, teacher, args, student.network)
+    return save, validation(teacher, run, args, samples, num_inference_steps)
+
+
+def validation(
+    teacher: Teacher,
+    student: Images,
+    args: TrainArguments,
+    samples: Samples | None = None,
+    num_inference_steps: int | None = None,
+) -> Callable[[Path], dict[str, float]]:
+    """How `train()` shows a student: `samples.png`, below the teacher at so many steps (by default its
+    `reference_steps`), and its live numbers. Those of a text-to-image student are of the first `samples`' prompts."""
+    kappas, guidance_scale = getattr(args, "kappas", None), getattr(args, "guidance_scale", 1.0)
+    guidance_scale = kappas[-1] if kappas else guidance_scale
+    prompted = teacher.takes_prompts
+    if prompted and samples is None:
+        return lambda folder: {}
+
+    def prompts(count: int) -> Cond | None:
+        return samples.batch(list(range(min(count, len(samples)))))["cond"] if prompted else None
+
+    watch = None
+    if args.validation_samples:
+        cond = prompts(args.validation_samples)
+        watch = Watch(teacher, args, cond=cond, decode=teacher.decode, guidance_scale=guidance_scale)
+
+    def above(noise, cond, generator):
+        steps = num_inference_steps or teacher.reference_steps
+        settings = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+        return picture(teacher.decode(teacher.sample(noise, cond, **settings)))
+
+    def below(noise, cond, generator):
+        return picture(teacher.decode(student(noise, cond, generator)))
 
     def validate(folder: Path) -> dict[str, float]:
-        def run(noise, cond):
-            return sample(student, teacher.scheduler, noise, cond, num_inference_steps=num_inference_steps)
+        cond = prompts(PROMPTED_PICTURES)
+        count = len(next(iter(cond.values()))) if cond else PICTURES
+        noise, labels = noises_and_labels(teacher.sample_shape, teacher.num_labels, count, args.seed)
+        comparison_grid(above, below, noise, cond or labels, folder / "samples.png")
+        return watch(student) if watch else {}
 
-        comparison_grid(teacher, run, folder / "samples.png", seed=args.seed, num_inference_steps=num_inference_steps)
-        if not args.validation_samples or teacher.sample_shape != FashionCNN.input_shape:
-            return {}
-        row = evaluate(
-            Teacher(teacher.compressed_pipeline(student.network)),
-            num_inference_steps=num_inference_steps,
-            num_samples=args.validation_samples,
-            seed=args.seed + 1000,
-        )
-        student.network.requires_grad_(True)  # a teacher's is frozen
-        return {"distance": row.value}
-
-    return save, validate
+    return validate
 
 
 def default_hooks(distiller: Distiller, args: TrainArguments):

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 Features = torch.Tensor | np.ndarray
+ROWS = 2000  # of a matrix of all pairs, at a time
 
 
 def moments(features: Features) -> tuple[torch.Tensor, torch.Tensor]:
@@ -16,14 +17,23 @@ def moments(features: Features) -> tuple[torch.Tensor, torch.Tensor]:
     return features.mean(0), torch.cov(features.T)
 
 
+def square_root(covariance: torch.Tensor) -> torch.Tensor:
+    """The symmetric root `(D, D)` of a covariance; rounding below 0 counts as 0."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
 def frechet_distance_of_moments(
-    mean_a: torch.Tensor, covariance_a: torch.Tensor, mean_b: torch.Tensor, covariance_b: torch.Tensor
+    mean_a: torch.Tensor,
+    covariance_a: torch.Tensor,
+    mean_b: torch.Tensor,
+    covariance_b: torch.Tensor,
+    root_b: torch.Tensor | None = None,
 ) -> float:
-    """`|mean_a - mean_b|**2 + tr(A + B - 2 (A^(1/2) B A^(1/2))^(1/2))` (Heusel et al. 2017, Eq. 6), with symmetric
-    eigendecompositions in float64."""
-    values, vectors = torch.linalg.eigh(covariance_a)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ covariance_b @ root).clamp(min=0).sqrt().sum()
+    """`|mean_a - mean_b|**2 + tr(A + B - 2 (B^(1/2) A B^(1/2))^(1/2))` (Heusel et al. 2017, Eq. 6), with symmetric
+    eigendecompositions in float64; `root_b` is `square_root(covariance_b)`, if it is known."""
+    root = square_root(covariance_b) if root_b is None else root_b
+    cross = torch.linalg.eigvalsh(root @ covariance_a @ root).clamp(min=0).sqrt().sum()
     difference = mean_a - mean_b
     return (difference @ difference + covariance_a.trace() + covariance_b.trace() - 2 * cross).item()
 
@@ -35,38 +45,82 @@ def frechet_distance(a: Features, b: Features) -> float:
 
 def kernel_distance(a: Features, b: Features) -> float:
     """Unbiased squared maximum mean discrepancy with the kernel `(x . y / D + 1)**3` (Binkowski et al. 2018, Eq. 4),
-    over all pairs at once, in float64."""
+    over all pairs, in float64."""
     a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
     n, m, dimension = len(a), len(b), a.shape[1]
 
-    def kernel(x, y):
-        return (x @ y.T / dimension + 1) ** 3
+    def total(x, y):
+        return sum(((part @ y.T / dimension + 1) ** 3).sum() for part in x.split(ROWS))
 
-    within_a, within_b = kernel(a, a), kernel(b, b)
-    same = (within_a.sum() - within_a.trace()) / (n * (n - 1)) + (within_b.sum() - within_b.trace()) / (m * (m - 1))
-    return (same - 2 * kernel(a, b).mean()).item()
+    def same(x):
+        return (total(x, x) - (((x * x).sum(1) / dimension + 1) ** 3).sum()) / (len(x) * (len(x) - 1))
+
+    return (same(a) + same(b) - 2 * total(a, b) / (n * m)).item()
+
+
+def kernel_distance_error(a: Features, b: Features, subsets: int = 10) -> float:
+    """Standard error of `kernel_distance` from as many disjoint subsets of both sides; the unbiased estimate cannot
+    be resampled with replacement, where samples meet themselves."""
+    a, b = torch.as_tensor(a), torch.as_tensor(b)
+    if min(len(a), len(b)) < 2 * subsets:
+        return float("nan")
+    values = [kernel_distance(*parts) for parts in zip(a.tensor_split(subsets), b.tensor_split(subsets), strict=True)]
+    return torch.tensor(values, dtype=torch.float64).std().item() / subsets**0.5
+
+
+def _neighbour_radius(points: torch.Tensor, k: int) -> torch.Tensor:
+    """Distance `(N,)` of each point to its `k`-th neighbour."""
+    if len(points) <= k:
+        raise ValueError(f"`k` must be less than the number of samples ({len(points)}), but is {k}.")
+    # the nearest is the sample itself
+    return torch.cat(
+        [torch.cdist(part, points).topk(k + 1, dim=1, largest=False).values[:, -1] for part in points.split(ROWS)]
+    )
+
+
+def _balls_around(points: torch.Tensor, support: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each point, how many of the support's balls hold it; for each ball, whether it holds any point."""
+    radius = _neighbour_radius(support, k)
+    counts, used = [], torch.zeros(len(support), dtype=torch.bool)
+    for part in points.split(ROWS):
+        inside = torch.cdist(part, support) <= radius
+        counts.append(inside.sum(1))
+        used |= inside.any(0)
+    return torch.cat(counts).double(), used.double()
+
+
+def precision_recall_points(real: Features, generated: Features, k: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each generated sample whether it lies within the real manifold, and for each real one the converse; a
+    manifold are the balls around its samples, each out to the `k`-th neighbour (Kynkäänniemi et al. 2019, Eq. 2)."""
+    real, generated = torch.as_tensor(real).double(), torch.as_tensor(generated).double()
+    precise, recalled = _balls_around(generated, real, k)[0], _balls_around(real, generated, k)[0]
+    return (precise > 0).double(), (recalled > 0).double()
 
 
 def precision_recall(real: Features, generated: Features, k: int = 3) -> tuple[float, float]:
-    """Shares of generated samples within the real manifold and of real ones within the generated manifold: in a ball
-    around some sample, out to its `k`-th neighbour (Kynkäänniemi et al. 2019, Eq. 2)."""
+    """Shares of generated samples within the real manifold and of real ones within the generated manifold (see
+    `precision_recall_points`)."""
+    precise, recalled = precision_recall_points(real, generated, k)
+    return precise.mean().item(), recalled.mean().item()
+
+
+def density_coverage_points(real: Features, generated: Features, k: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each generated sample in how many real neighbourhoods it lies, over `k`, and for each real one whether its
+    neighbourhood holds a generated sample; it reaches to the `k`-th neighbour (Naeem et al. 2020, Eqs. 4 and 5)."""
     real, generated = torch.as_tensor(real).double(), torch.as_tensor(generated).double()
-
-    def covered(points, support):
-        radius = torch.cdist(support, support).kthvalue(k + 1, dim=1).values  # the nearest is the sample itself
-        return (torch.cdist(points, support) <= radius).any(1).double().mean().item()
-
-    return covered(generated, real), covered(real, generated)
+    counts, covered = _balls_around(generated, real, k)
+    return counts / k, covered
 
 
 def density_coverage(real: Features, generated: Features, k: int = 5) -> tuple[float, float]:
-    """How many real neighbourhoods a generated sample lies in, over `k`, and the share of real samples whose
-    neighbourhood holds a generated one; a neighbourhood reaches to the `k`-th neighbour (Naeem et al. 2020, Eqs. 4
-    and 5). Of equal distributions: 1 and `1 - 0.5**k`."""
-    real, generated = torch.as_tensor(real).double(), torch.as_tensor(generated).double()
-    radius = torch.cdist(real, real).kthvalue(k + 1, dim=1).values  # the nearest is the sample itself
-    inside = torch.cdist(real, generated) <= radius[:, None]
-    return (inside.sum(0).double().mean() / k).item(), inside.any(1).double().mean().item()
+    """The means of `density_coverage_points`. Of equal distributions: 1 and `1 - 0.5**k`."""
+    density, coverage = density_coverage_points(real, generated, k)
+    return density.mean().item(), coverage.mean().item()
+
+
+def standard_error(points: torch.Tensor) -> float:
+    """Of the mean of independent values `(N,)`: what the bootstrap finds for a mean, in closed form."""
+    return (points.double().std() / len(points) ** 0.5).item()
 
 
 def inception_score(probabilities: Features, splits: int = 10) -> tuple[float, float]:
@@ -84,25 +138,38 @@ def inception_score(probabilities: Features, splits: int = 10) -> tuple[float, f
     return scores.mean().item(), scores.std(correction=0).item() if splits > 1 else 0.0
 
 
-def diversity(features: Features) -> float:
-    """Mean distance of two samples: `E|f(x) - f(y)|` over all pairs."""
+def mean_distances(features: Features) -> torch.Tensor:
+    """Mean distance `(N,)` of each sample to all others."""
     features = torch.as_tensor(features).double()
-    n = len(features)
-    return (torch.cdist(features, features).sum() / (n * (n - 1))).item()
+    sums = torch.cat([torch.cdist(part, features).sum(1) for part in features.split(ROWS)])
+    return sums / (len(features) - 1)
 
 
-def agreement(a: Features, b: Features) -> float:
+def diversity(features: Features) -> float:
+    """Mean distance of two samples: `E|f(x) - f(y)|` over all pairs. Its standard error is twice that of the mean of
+    `mean_distances` (Hoeffding 1948)."""
+    return mean_distances(features).mean().item()
+
+
+def agreement(a: Features, b: Features, groups: torch.Tensor | None = None) -> float:
     """How far two models make the same image of the same noise: `1 - E|a_i - b_i| / E|a_i - b_j|`; 1 for identical
-    images, 0 if the noise does not matter."""
+    images, 0 if the noise does not matter. With `groups` `(N,)`, such as labels, `j` is of the group of `i`."""
+    return agreement_points(a, b, groups).mean().item()
+
+
+def agreement_points(a: Features, b: Features, groups: torch.Tensor | None = None) -> torch.Tensor:
+    """`1 - |a_i - b_i| / E|a_i - b_j|` for each noise `(N,)`; see `agreement`."""
     a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
     if a.shape != b.shape:
         raise ValueError(
             f"`a` and `b` must be of the same noises, but have shapes {tuple(a.shape)}, {tuple(b.shape)}."
         )
-    distances = torch.cdist(a, b)
-    same = distances.diagonal().mean()
-    n = len(a)
-    return (1 - same / ((distances.sum() - n * same) / (n * (n - 1)))).item()
+    same, total, pairs = (a - b).norm(dim=1), 0.0, 0
+    for group in (None,) if groups is None else groups.unique():
+        own = slice(None) if group is None else groups == group
+        total += sum(torch.cdist(part, b[own]).sum() for part in a[own].split(ROWS)) - same[own].sum()
+        pairs += len(a[own]) * (len(a[own]) - 1)
+    return 1 - same / (total / pairs)
 
 
 def bootstrap_error(

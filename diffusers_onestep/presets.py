@@ -1,7 +1,7 @@
-"""Published configurations by name: what the papers' tables of pixel models were made with.
+"""Published configurations by name: what the papers' tables were made with.
 
 `max_train_steps` is the published duration in images over the global batch; `train_batch_size` the published batch of
-one GPU, where it is known. Configurations of text-to-image models come with these models.
+one GPU, where it is known. PID and DKDM have no published text-to-image model.
 """
 
 
@@ -42,6 +42,50 @@ SID_PRESETS = {
 }
 
 
+def _lsg(kappa: float) -> dict:
+    return _sid(
+        1.0,
+        512,
+        1e-6,
+        10,
+        50.0,
+        train_batch_size=1,
+        start_ratio=None,
+        student_timesteps=[625],
+        noise_levels="uniform",
+        loss_scale=1.0,
+        kappas=[kappa],
+        resolution=512,
+    )
+
+
+def _sid_dit(rate: float = 1e-6, **other) -> dict:
+    # how long these ran, and on how many GPUs, is not published; their gradients were clipped by value, which is not
+    # done here
+    return {
+        "alpha": 1.0,
+        "student_timesteps": [1000.0, 750.0, 500.0, 250.0],
+        "noise_levels": "logit_normal",
+        "loss_scale": 100.0,
+        "kappas": [4.5],
+        "global_batch_size": 256,
+        "train_batch_size": 1,
+        "learning_rate": rate,
+        "adam_beta1": 0.0,
+        "adam_weight_decay": 0.0,
+        "ema_halflife_kimg": 0.0,
+        "mixed_precision": "bf16",
+    } | other
+
+
+SID_PRESETS |= {f"{model}-lsg-{kappa:g}": _lsg(kappa) for model in ("sd15", "sd21-base") for kappa in (1.5, 2, 3, 4.5)}
+SID_PRESETS |= {
+    "sd3-4step": _sid_dit(),
+    "sana-4step": _sid_dit(5e-6),
+    "flux-dev-4step": _sid_dit(embedded_guidance=4.5),
+}
+
+
 def _dmd(batch: int, gpus: int, rate: float, steps: int, **other) -> dict:
     return {
         "global_batch_size": batch,
@@ -56,12 +100,14 @@ def _dmd(batch: int, gpus: int, rate: float, steps: int, **other) -> dict:
     } | other
 
 
-def _dmd2(rate: float, iterations: int, **other) -> dict:
-    # DMD2's iterations are fake-score updates; the student moves in every fifth of them
-    return _dmd(280, 7, rate, iterations // 5, fake_score_updates=5, mixed_precision="bf16", **other) | {
-        "lr_warmup_steps": 500 // 5
-    }
+def _dmd2(rate: float, iterations: int, batch: int = 280, gpus: int = 7, updates: int = 5, **other) -> dict:
+    # DMD2's iterations are fake-score updates; the student moves in every fifth or tenth of them
+    settings = {"fake_score_updates": updates, "lr_warmup_steps": 500 // updates, "mixed_precision": "bf16"} | other
+    return _dmd(batch, gpus, rate, iterations // updates, **settings)
 
+
+_SD15 = {"batch": 2048, "gpus": 64, "updates": 10, "guidance_scale": 1.75, "resolution": 512}
+_SDXL = {"batch": 128, "gpus": 64, "guidance_scale": 8.0, "gan_weight": 5e-3, "resolution": 1024}
 
 DMD_PRESETS = {
     "cifar10-cond": _dmd(392, 7, 5e-5, 300_000, regression_weight=0.25),
@@ -70,6 +116,28 @@ DMD_PRESETS = {
     "dmd2-imagenet64": _dmd2(2e-6, 200_000, gan_weight=3e-3),
     "dmd2-imagenet64-no-gan": _dmd2(2e-6, 400_000),
     "dmd2-imagenet64-resumed": _dmd2(5e-7, 150_000, gan_weight=3e-3),
+    # LAION-6.25+; 500,000 pairs of 50 PNDM steps at the same guidance
+    "sd15": _dmd(
+        2304, 72, 1e-5, 20_000, guidance_scale=3.0, regression_weight=0.25, mixed_precision="bf16", resolution=512
+    ),
+    "dmd2-sd15": _dmd2(1e-5, 40_000, **_SD15),
+    "dmd2-sd15-gan": _dmd2(5e-7, 5_000, gan_weight=1e-3, **_SD15),  # goes on from the student of the one above
+    "dmd2-sdxl-4step": _dmd2(5e-7, 20_000, student_timesteps=[999.0, 749.0, 499.0, 249.0], **_SDXL),
+    # 10,000 pairs of Euler's method at guidance 8; its student is what the next one takes as --student_init
+    "dmd2-sdxl-warmup": _dmd(
+        256,
+        64,
+        1e-5,
+        2_000,
+        guidance_scale=8.0,
+        student_timesteps=[399.0],
+        matching_weight=0.0,
+        regression_weight=1.0,
+        max_grad_norm=0.0,
+        mixed_precision="bf16",
+        resolution=1024,
+    ),
+    "dmd2-sdxl-1step": _dmd2(5e-7, 25_000, student_timesteps=[399.0], **_SDXL),
 }
 
 

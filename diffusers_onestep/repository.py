@@ -3,10 +3,22 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from diffusers import DiffusionPipeline
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from torch import nn
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -31,8 +43,67 @@ def resolve_model(path_or_id: str | os.PathLike) -> str:
     return str(path_or_id)
 
 
+def load_index(path_or_id: str, **hub: Any) -> dict[str, Any]:
+    """`model_index.json` of a folder or a Hub repository.
+
+    Args:
+        path_or_id (`str`): what `resolve_model` gave.
+        hub: `revision`, `token`, `cache_dir`, `local_files_only`, ... of `hf_hub_download`.
+
+    Raises:
+        ValueError: if there is no such repository or revision, or no access to it, or it holds no pipeline.
+        ConnectionError: if the Hub cannot be reached and the file is not in its cache.
+    """
+    about = f"{path_or_id!r} must be a folder of a model, a shipped model or a Hub repository, but"
+    if Path(path_or_id).is_dir():
+        file = Path(path_or_id) / "model_index.json"
+        if not file.is_file():
+            raise ValueError(f"{about} is a folder without a model_index.json.")
+        return read_json(file)
+    try:
+        return read_json(Path(hf_hub_download(path_or_id, "model_index.json", **hub)))
+    except GatedRepoError as error:
+        raise ValueError(
+            f"{about} is gated: ask for access at https://huggingface.co/{path_or_id} and log in (`hf auth login`)."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"{about} does not exist, or is private: then log in with `hf auth login`.") from error
+    except RevisionNotFoundError as error:
+        raise ValueError(
+            f"`revision` must be a branch, tag or commit of {path_or_id!r}, but is {hub['revision']!r}."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise ConnectionError(
+            f"{path_or_id!r} is not in the cache, and the Hub could not be reached (or HF_HUB_OFFLINE is set): "
+            "try again when it can."
+        ) from error
+    except EntryNotFoundError as error:
+        raise ValueError(f"{about} has no model_index.json: it holds no pipeline.") from error
+    except HFValidationError as error:
+        raise ValueError(f"{about} is none of them.") from error
+
+
+@contextmanager
+def safetensors_only(path_or_id: str) -> Iterator[None]:
+    """Load with `use_safetensors=True` inside: the error of weights that are none says why they are not loaded."""
+    try:
+        yield
+    except OSError as error:
+        if "safetensors" not in str(error):
+            raise
+        raise OSError(
+            f"{path_or_id!r} must have its weights as safetensors: others are pickles, which can run code. "
+            f"Ask its authors for safetensors, or convert the weights if you trust them. ({error})"
+        ) from error
+
+
 def write_repository(
-    pipeline: DiffusionPipeline, folder: Path, more: Callable[[Path], None] = lambda folder: None
+    pipeline: DiffusionPipeline,
+    folder: Path,
+    more: Callable[[Path], None] = lambda folder: None,
+    *,
+    parts: Iterable[str] | None = None,
+    frozen: Path | None = None,
 ) -> None:
     """Save a pipeline file by file, `model_index.json` last: a reader finds the old state, the new one, or, the first
     time, none.
@@ -41,12 +112,49 @@ def write_repository(
         pipeline (`DiffusionPipeline`): what to save, as safetensors.
         folder (`Path`): an existing or new folder; other files in it are left alone.
         more (callable, *optional*): writes further files of the repository into a folder that it is given.
+        parts (names, *optional*): what to write; all others, which `folder` holds already, stay as they are.
+        frozen (`Path`, *optional*): the folder where `keep_parts` has put those whose weights have been freed.
     """
     folder = Path(folder)
     beside = folder / ".student.writing"
     shutil.rmtree(beside, ignore_errors=True)
-    pipeline.save_pretrained(beside, safe_serialization=True)
+    names = list(pipeline.components if parts is None else parts)
+    freed = [name for name in names if is_freed(pipeline.components[name])]
+    if parts is None and not freed:
+        pipeline.save_pretrained(beside, safe_serialization=True)
+    else:
+        write_parts(pipeline, beside, [name for name in names if name not in freed])
+        pipeline.save_config(beside)
+    if frozen is not None and Path(frozen) != folder:
+        for name in freed:
+            shutil.copytree(Path(frozen) / name, beside / name, copy_function=_link)
     more(beside)
+    _move(beside, folder)
+
+
+def is_freed(part: Any) -> bool:
+    """Whether a part of a pipeline has given up its weights."""
+    return isinstance(part, nn.Module) and any(p.device.type == "meta" for p in part.parameters())
+
+
+def keep_parts(pipeline: DiffusionPipeline, folder: Path, names: Iterable[str]) -> None:
+    """Save parts of a pipeline into `folder`, each complete or as it was, for their weights to be freed."""
+    beside = Path(folder) / ".parts.writing"
+    shutil.rmtree(beside, ignore_errors=True)
+    write_parts(pipeline, beside, names)
+    _move(beside, Path(folder))
+
+
+def write_parts(pipeline: DiffusionPipeline, folder: Path, names: Iterable[str]) -> None:
+    """Save parts of a pipeline as `save_pretrained` of the whole does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        part = pipeline.components[name]
+        if hasattr(part, "save_pretrained"):
+            part.save_pretrained(folder / name)
+
+
+def _move(beside: Path, folder: Path) -> None:
     files = sorted((f for f in beside.rglob("*") if f.is_file()), key=lambda f: f.name == "model_index.json")
     for file in files:
         target = folder / file.relative_to(beside)
@@ -55,8 +163,25 @@ def write_repository(
     shutil.rmtree(beside)
 
 
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # not on every file system
+        shutil.copy2(source, target)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def write_json(path: Path, content: dict) -> None:
     """Write beside, then rename."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside, then rename."""
     beside = path.with_name(f".{path.name}.writing")
-    beside.write_text(json.dumps(content, indent=2) + "\n")
+    beside.write_text(text, encoding="utf-8")
     os.replace(beside, path)

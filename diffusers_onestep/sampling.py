@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from .denoiser import Cond, Denoiser, GuidedDenoiser
 
@@ -26,12 +28,25 @@ def sample(
         scheduler = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
     device = next(denoiser.network.parameters()).device
     noise, cond = noise.to(device), {k: v.to(device) for k, v in (cond or {}).items()}
-    scheduler.set_timesteps(num_inference_steps, device=device)
-    x = noise * scheduler.init_noise_sigma
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and scheduler.config.use_dynamic_shifting:
+        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+        scheduler.set_timesteps(sigmas=sigmas, mu=dynamic_shift(scheduler, noise.shape), device=device)
+    else:
+        scheduler.set_timesteps(num_inference_steps, device=device)
+    # flow schedulers have neither a scale of the noise nor one of the input
+    x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+    scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
     for t in scheduler.timesteps:
-        output = denoiser.call_network(scheduler.scale_model_input(x, t), t, cond)
+        output = denoiser.call_network(scale(x, t), t, cond)
         x = scheduler.step(output, t, x).prev_sample
     return x
+
+
+def dynamic_shift(scheduler: SchedulerMixin, shape: tuple[int, ...]) -> float:
+    """The `mu` of a scheduler whose shift grows with the number of tokens, of 2 x 2 latents each, as FLUX.1's pipeline
+    computes it for samples of `shape` `(..., H, W)`."""
+    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    return calculate_shift(shape[-2] * shape[-1] // 4, *(scheduler.config[name] for name in names))
 
 
 def picture(x0: torch.Tensor) -> torch.Tensor:

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, EDMEulerScheduler, SchedulerMixin, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, EDMEulerScheduler, SchedulerMixin
 from torch import nn
 
 from .conditions import Labels, label_embeddings, label_ids, named_labels
 from .denoiser import Cond, Denoiser, GuidedDenoiser
+from .families import FAMILIES, family_of
 from .methods.base import sample_shape_of
 from .pipelines import OneStepPipeline
-from .repository import resolve_model
+from .repository import load_index, resolve_model, safetensors_only
 from .sampling import sample
 from .schedulers import EDMHeunScheduler, student_scheduler
 from .schedules import EDMSchedule, FlowSchedule, NoiseSchedule
@@ -24,13 +25,20 @@ class Teacher:
 
     Args:
         pipeline (`DiffusionPipeline`): a pixel pipeline of a `unet` and a `scheduler`, unconditional or by class
-            label; or a `StableDiffusionPipeline`, whose model space are its latents.
+            label; or a text-to-image pipeline (Stable Diffusion 1.x, 2.x, XL and 3.x, FLUX.1, PixArt, SANA), whose
+            model space are its latents.
         id2label (`dict[int, str]`, *optional*): names of the class labels; by default those of the network's config.
+        resolution (`int` or `tuple[int, int]`, *optional*): height and width in pixels of a text-to-image teacher; by
+            default those of its network's config.
+        embedded_guidance (`float`, *optional*, defaults to 3.5): what the guidance embedding of FLUX.1-dev is fed;
+            other teachers have none.
 
     Attributes:
         denoiser (`Denoiser`): `(x_t, t, cond) -> x0`, frozen and in eval mode.
         pipeline (`DiffusionPipeline`): where it came from.
         sample_shape (`tuple[int, int, int]`): `(C, H, W)` of model space.
+        family (`Family`, *optional*): the kind of text-to-image pipeline; None for pixels.
+        name (`str`, *optional*): what it was loaded as, at `revision`; for the cards of its students.
 
     Example:
 
@@ -42,21 +50,51 @@ class Teacher:
     ```
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, id2label: dict[int, str] | None = None):
-        self.takes_prompts = isinstance(pipeline, StableDiffusionPipeline)
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        id2label: dict[int, str] | None = None,
+        *,
+        resolution: int | tuple[int, int] | None = None,
+        embedded_guidance: float = 3.5,
+    ):
+        self.family = family_of(pipeline)
         parts = {name for name, part in pipeline.components.items() if part is not None}
-        if not self.takes_prompts and parts != {"unet", "scheduler"}:
+        if self.family is None and parts != {"unet", "scheduler"}:
             raise ValueError(
                 "`pipeline` must be a pixel pipeline of a `unet` and a `scheduler` (unconditional or by class label) "
-                f"or a StableDiffusionPipeline, but is {type(pipeline).__name__}."
+                f"or one of {[family.stock for family in FAMILIES]}, but is {type(pipeline).__name__}."
             )
         self.pipeline = pipeline
-        self.id2label = named_labels(id2label, pipeline.unet)
+        self.name: str | None = None
+        self.revision: str | None = None
+        self.embedded_guidance = embedded_guidance
+        network = getattr(pipeline, self.network_name).requires_grad_(False).eval()
+        self.id2label = named_labels(id2label, network)
         self.scheduler = pipeline.scheduler
-        network = pipeline.unet.requires_grad_(False).eval()
         schedule = NoiseSchedule.from_scheduler(self.scheduler)
         self.denoiser = Denoiser(network, schedule, _prediction_type(self.scheduler, schedule))
-        self.sample_shape = sample_shape_of(self.denoiser)
+        self._null: dict[str, torch.Tensor] | None = None
+        if self.family is None:
+            if resolution is not None:
+                raise ValueError(f"`resolution` must be None for a pixel teacher, but is {resolution}.")
+            self.sample_shape = sample_shape_of(self.denoiser)
+            return
+        for name, part in pipeline.components.items():
+            if isinstance(part, nn.Module) and name != self.network_name:
+                part.requires_grad_(False).eval()
+        self.resolution = self._size(resolution)
+        height, width = (side // pipeline.vae_scale_factor for side in self.resolution)
+        self.sample_shape = (self.family.latent_channels(network), height, width)
+
+    def _size(self, resolution: int | tuple[int, int] | None) -> tuple[int, int]:
+        size = (resolution, resolution) if isinstance(resolution, int) else resolution
+        height, width = size or self.family.default_size(self.pipeline)
+        patch = max(self.family.patch, self.denoiser.network.config.get("patch_size") or 1)
+        least = self.pipeline.vae_scale_factor * patch
+        if height < least or width < least or height % least or width % least:
+            raise ValueError(f"`resolution` must be a multiple of {least}, but is {resolution}.")
+        return height, width
 
     @classmethod
     def from_pretrained(
@@ -67,6 +105,7 @@ class Teacher:
         variant: str | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
+        **settings: Any,
     ) -> "Teacher":
         """Load a diffusers pipeline without running it.
 
@@ -76,44 +115,58 @@ class Teacher:
             variant (`str`, *optional*): of the weights, such as `"fp16"`.
             dtype (`torch.dtype`, *optional*): of the weights; arithmetic outside the network is float32 all the same.
             device (`str` or `torch.device`, *optional*): where to put it.
+            settings: `resolution` and `embedded_guidance`, as the class takes them.
         """
         path = resolve_model(path_or_id)
-        index = DiffusionPipeline.load_config(path, revision=revision)
-        pipeline = DiffusionPipeline.from_pretrained(
-            path, revision=revision, variant=variant, use_safetensors=True, **({"dtype": dtype} if dtype else {})
-        )
+        index = load_index(path, revision=revision)
+        with safetensors_only(path):
+            pipeline = DiffusionPipeline.from_pretrained(
+                path, revision=revision, variant=variant, use_safetensors=True, **({"dtype": dtype} if dtype else {})
+            )
         if device is not None:
             pipeline.to(device)
-        return cls(pipeline, index.get("id2label"))
+        teacher = cls(pipeline, index.get("id2label"), **settings)
+        teacher.name, teacher.revision = str(path_or_id), revision
+        return teacher
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether it is a text-to-image teacher."""
+        return self.family is not None
+
+    @property
+    def network_name(self) -> str:
+        """The component of the pipeline that is distilled."""
+        return self.family.network if self.family else "unet"
 
     @property
     def num_labels(self) -> int | None:
-        """How many labels there are to ask for, the null label left out; None if unconditional."""
-        embeddings = label_embeddings(self.denoiser.network)
+        """How many labels there are to ask for, the null label left out; None if there are none."""
+        embeddings = None if self.takes_prompts else label_embeddings(self.denoiser.network)
         return len(self.id2label) if embeddings and self.id2label else embeddings
 
     @property
     def null_label(self) -> int | None:
         """The label for "no label": the one embedding beyond the named labels, if there is one."""
-        embeddings = label_embeddings(self.denoiser.network)
+        embeddings = None if self.takes_prompts else label_embeddings(self.denoiser.network)
         return embeddings - 1 if embeddings and self.id2label and embeddings == len(self.id2label) + 1 else None
 
+    @torch.no_grad()
     def null_condition(self, batch_size: int) -> dict[str, torch.Tensor]:
         """The unconditional inputs for `batch_size` samples; empty if the teacher has none."""
         if self.takes_prompts:
-            return self.encode([""] * batch_size)
+            if self._null is None:
+                self._null = self.family.null(self.pipeline)
+            null = {k: v.expand(batch_size, *v.shape[1:]) for k, v in self._null.items()}
+            return null | self.family.extra(self, batch_size)
         if self.null_label is None:
             return {}
         return {"class_labels": torch.full((batch_size,), self.null_label)}
 
-    @torch.no_grad()
     def encode(self, labels: Labels | None = None) -> dict[str, torch.Tensor]:
         """The `cond` of prompts, or of labels by id or name; all labels, one after another, if none are given."""
         if self.takes_prompts:
-            if not isinstance(labels, (list, tuple)) or not all(isinstance(prompt, str) for prompt in labels):
-                raise ValueError(f"`labels` must be a list of prompts for a text-to-image teacher, but is {labels!r}.")
-            embeddings, _ = self.pipeline.encode_prompt(list(labels), self.pipeline.device, 1, False)
-            return {"encoder_hidden_states": embeddings}
+            return self.embed(labels) | self.family.extra(self, len(labels))
         if self.num_labels is None:
             if labels is not None:
                 raise ValueError(f"`labels` must be None for an unconditional teacher, but is {labels!r}.")
@@ -127,6 +180,59 @@ class Teacher:
         if type(self.scheduler) is EDMEulerScheduler:
             return EDMHeunScheduler.from_config(self.scheduler.config)
         return self.scheduler
+
+    @property
+    def reference_steps(self) -> int:
+        """How many of its steps a picture of the teacher takes: 18 of Heun's method (Karras et al. 2022, Table 7), or
+        50."""
+        return 18 if isinstance(self.reference_scheduler, EDMHeunScheduler) else 50
+
+    @torch.no_grad()
+    def embed(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The part of `encode` that depends on the prompts alone."""
+        if not isinstance(prompts, (list, tuple)) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(f"`labels` must be a list of prompts for a text-to-image teacher, but is {prompts!r}.")
+        if any(part.device.type == "meta" for part in self.text_encoders().values()):
+            raise ValueError("`labels` can not be encoded any more: the text encoders have been freed.")
+        return self.family.embed(self.pipeline, list(prompts))
+
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """The text encoders by their names in the pipeline."""
+        parts = self.pipeline.components.items()
+        return {k: v for k, v in parts if k.startswith("text_encoder") and v is not None}
+
+    def free_text_encoders(self) -> None:
+        """Let go of the text encoders' weights; their classes and configs stay. What is encoded is kept by
+        `PromptEmbeddings`."""
+        self.null_condition(1)
+        for encoder in self.text_encoders().values():
+            encoder.to("meta")
+
+    def decode(self, x0: torch.Tensor) -> torch.Tensor:
+        """Images `(B, 3, H, W)` in [-1, 1] of latents; samples of a pixel teacher as they are. Gradients flow."""
+        if not self.takes_prompts:
+            return x0
+        vae, (mean, std, shift) = self._vae(x0.device)
+        x0 = x0.float() * std / vae.config.scaling_factor + mean + shift
+        return vae.decode(x0.to(vae.dtype), return_dict=False)[0].float()
+
+    @torch.no_grad()
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Model-space samples of images `(B, 3, H, W)` in [-1, 1]: the most likely latents, or the pixels."""
+        if not self.takes_prompts:
+            return images
+        vae, (mean, std, shift) = self._vae(images.device)
+        output = vae.encode(images.to(vae.dtype))
+        latents = output.latent_dist.mode() if hasattr(output, "latent_dist") else output[0]
+        return (latents.float() - shift - mean) / std * vae.config.scaling_factor
+
+    def _vae(self, device: torch.device):
+        vae = self.pipeline.vae.to(device)
+        if vae.dtype == torch.float16 and vae.config.get("force_upcast"):
+            vae.float()  # SDXL's overflows in half precision
+        mean, std = (vae.config.get(f"latents_{name}") for name in ("mean", "std"))
+        mean, std = (0 if v is None else torch.tensor(v, device=device).reshape(1, -1, 1, 1) for v in (mean, std))
+        return vae, (mean, 1 if vae.config.get("latents_std") is None else std, vae.config.get("shift_factor") or 0)
 
     def guided(self, guidance_scale: float) -> Denoiser | GuidedDenoiser:
         """The denoiser with classifier-free guidance; itself at 1.0."""
@@ -150,25 +256,28 @@ class Teacher:
             denoiser, scheduler or self.reference_scheduler, noise, cond, num_inference_steps=num_inference_steps
         )
 
-    def student_pipeline(self, network: nn.Module, **settings: Any) -> OneStepPipeline:
+    def student_pipeline(self, network: nn.Module, **settings: Any) -> DiffusionPipeline:
         """The pipeline that a student of this teacher is saved as; `settings` are those of `student_scheduler`."""
-        self.check_distillable()
         scheduler = student_scheduler(self.scheduler, self.denoiser.prediction_type, **settings)
+        if self.takes_prompts:
+            return self._with(network, scheduler)
         known = named_labels(None, network) == self.id2label
         return OneStepPipeline(network, scheduler, None if known else self.id2label)
 
-    def compressed_pipeline(self, network: nn.Module) -> OneStepPipeline:
+    def compressed_pipeline(self, network: nn.Module) -> DiffusionPipeline:
         """The pipeline of another network for the same many steps: this teacher's scheduler and labels."""
-        self.check_distillable()
+        if self.takes_prompts:
+            return self._with(network, self.scheduler)
         return OneStepPipeline(network, self.scheduler, self.id2label)
 
-    def check_distillable(self) -> None:
-        """Raise a `ValueError` for teachers whose one-step students have no pipeline yet."""
-        if self.takes_prompts:
-            raise ValueError(
-                "`teacher` must be a pixel pipeline to be distilled into one step: text-to-image teachers are taken "
-                f"by fit_d_ode so far, but it is a {type(self.pipeline).__name__}."
-            )
+    def _with(self, network: nn.Module, scheduler: SchedulerMixin) -> DiffusionPipeline:
+        from .pipelines import pipeline_text_to_image
+
+        cls = getattr(pipeline_text_to_image, self.family.student)
+        replaced = {self.network_name: network, "scheduler": scheduler}
+        if network.config.get("guidance_embeds"):
+            replaced["embedded_guidance"] = self.embedded_guidance
+        return cls.of(self.pipeline, **replaced)
 
 
 def _prediction_type(scheduler: Any, schedule: NoiseSchedule) -> str:

@@ -7,6 +7,7 @@ micro-batches.
 
 import atexit
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -32,11 +33,16 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from .arguments import DTYPES, TrainArguments
+from .health import Health, draw_health, read_log
+from .hub import create_model_card
 from .lora import is_adapted, leave_dtypes_to_autocast
 from .methods.base import Batch, Distiller
+from .records import RUN_RECORD, run_record, without_secret_settings
 from .repository import write_json
 
 logger = get_logger(__name__)
+
+DIVERGED = 1000  # beyond the number of any signal
 
 _STATE = ("step", "images_seen", "train_seconds", "best_distance")  # what trainer_state.json holds, with the schedules
 
@@ -103,7 +109,8 @@ def train(
 
     Raises:
         FloatingPointError: when a loss is not finite; names method, network, step and the last good checkpoint.
-        SystemExit: after SIGTERM or Ctrl-C, when the checkpoint is written.
+        SystemExit: after SIGTERM or Ctrl-C, or a health warning under `stop_on_divergence`, when the checkpoint is
+            written.
     """
     if args.dry_run:
         dry_run(distiller, batches, args)
@@ -200,6 +207,9 @@ class Trainer:
         self.step, self.images_seen, self.train_seconds = 0, 0, 0.0
         self.best_distance: float | None = None
         self._stop_signal = None
+        self._record: dict = {}
+        self._divergence: str | None = None
+        self.gradient_norms: dict[str, torch.Tensor] = {}  # of the last update, before clipping
         self._prepare()
 
     def _prepare(self) -> None:
@@ -277,9 +287,12 @@ class Trainer:
             for later in checkpoints(self.output_dir):
                 if int(later.name[5:]) > self.step:
                     remove_checkpoint(later)
-            write_json(self.output_dir / "training_args.json", asdict(args))
+            args.open_repository(self.output_dir)
+            self._record = self.start_record()
+            write_json(self.output_dir / "training_args.json", self.settings)
             truncate_log(self.output_dir / "log.jsonl", self.step)
-        accelerator.init_trackers("diffusers-onestep", config=_scalars(asdict(args)))
+            self.health = Health(read_log(self.output_dir / "log.jsonl"))
+        accelerator.init_trackers("diffusers-onestep", config=_scalars(self.settings))
         if self.step >= args.max_train_steps:  # perhaps stopped between the last checkpoint and the student
             self.write_student()
         stream = self.stream(batches)
@@ -295,16 +308,18 @@ class Trainer:
                 if self.step % args.logging_steps == 0 or self.step == args.max_train_steps:
                     bar.set_postfix({k: f"{v:.4g}" for k, v in losses.items()})
                     self.log(losses)
-                stopping = self.stopping()
                 last = self.step == args.max_train_steps
                 if last or (args.validation_steps and self.step % args.validation_steps == 0):
                     self.write_samples()
+                stopping = self.stopping()
                 if stopping or last or self.step % args.checkpointing_steps == 0:
                     self.save_checkpoint()
                 if stopping:
                     self.leave(stopping)
         bar.close()
         self.finish_trackers()
+        if accelerator.is_main_process:
+            args.push(self.output_dir)
 
     def train_step(self, micro_batches: list[Batch]) -> dict[str, float]:
         """One student update and all that belongs to it; returns the mean loss of each network."""
@@ -352,11 +367,14 @@ class Trainer:
             for gradient in gradients:
                 gradient.nan_to_num_(nan=0.0, posinf=1e5, neginf=-1e5)
         if self.max_grad_norm:
-            self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm)
-        if self.accelerator.mixed_precision != "fp16":  # there the gradient scaler skips such steps
+            norm = self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm)
+        else:
+            self.accelerator.unscale_gradients(optimizer)
             norm = torch.nn.utils.get_total_norm(gradients)
-            if not torch.isfinite(norm):
-                self.fail(name, norm, "gradient norm")
+        # in fp16 the gradient scaler skips such steps
+        if self.accelerator.mixed_precision != "fp16" and not torch.isfinite(norm):
+            self.fail(name, norm, "gradient norm")
+        self.gradient_norms[name] = norm.detach()
         optimizer.step()
         for other in self.optimizers.values():
             other.zero_grad()
@@ -404,21 +422,23 @@ class Trainer:
                 signal.signal(number, handler)
 
     def stopping(self) -> int:
-        """The signal that any rank has received, or 0."""
+        """The signal that any rank has received, `DIVERGED`, or 0."""
+        own = DIVERGED if self._divergence else self._stop_signal or 0
         if self.accelerator.num_processes == 1:
-            return self._stop_signal or 0
-        flag = torch.tensor([float(self._stop_signal or 0)], device=self.accelerator.device)
+            return own
+        flag = torch.tensor([float(own)], device=self.accelerator.device)
         return int(self.accelerator.gather(flag).max().item())
 
     def leave(self, number: int) -> None:
+        why = "--stop_on_divergence" if number == DIVERGED else signal.Signals(number).name
         if self.accelerator.is_main_process:
             print(
-                f"\nStopped by {signal.Signals(number).name} after step {self.step}; the checkpoint is written. "
-                "Go on with the same command and --resume_from_checkpoint latest.",
+                f"\nStopped by {why} after step {self.step}; the checkpoint is written. "
+                f"{self._divergence or 'Go on with the same command and --resume_from_checkpoint latest.'}",
                 flush=True,
             )
         self.finish_trackers()
-        raise SystemExit(128 + number)
+        raise SystemExit(1 if number == DIVERGED else 128 + number)
 
     def finish_trackers(self) -> None:
         """Not `end_training`, which takes the process group from a second `train()` of the same process."""
@@ -455,8 +475,35 @@ class Trainer:
         """The student as it stands, into the output folder."""
         if self.accelerator.is_main_process and self.save_student is not None:
             with self.averaged(), torch.no_grad():
-                self.save_student(self.output_dir)
+                self.write_repository(self.output_dir)
         self.accelerator.wait_for_everyone()
+
+    def write_repository(self, folder: Path, picture: Path | None = None) -> None:
+        """The student, what its card is made of, and the card."""
+        self.save_student(folder)
+        if picture is not None and picture.is_file():
+            shutil.copy(picture, folder)
+        write_json(folder / "training_args.json", self.settings)
+        numbers = {"steps": self.step, "images_seen": self.images_seen, "seconds": round(self.train_seconds, 1)}
+        write_json(folder / RUN_RECORD, self._record | numbers | {"best_distance": self.best_distance})
+        if (folder / "model_index.json").is_file():  # what is saved may be a part of a model
+            create_model_card(folder)
+
+    @property
+    def settings(self) -> dict:
+        """The arguments, without secrets."""
+        return without_secret_settings(asdict(self.args))
+
+    def start_record(self) -> dict:
+        """Method, teacher, command, versions and hardware of this run."""
+        origin, args = getattr(self.distiller, "origin", None), self.args
+        return run_record(
+            type(self.distiller).__name__,
+            self.distiller.paper,
+            getattr(args, "pretrained_teacher_model", None) or getattr(origin, "name", None),
+            getattr(args, "revision", None) or getattr(origin, "revision", None),
+            getattr(args, "license", None),
+        )
 
     def resume(self) -> None:
         """Load the checkpoint that `resume_from_checkpoint` names; "latest" without one starts afresh."""
@@ -502,22 +549,40 @@ class Trainer:
                 best = math.inf if self.best_distance is None else self.best_distance
                 if distance < best and self.save_student is not None:
                     self.best_distance = distance
-                    self.save_student(self.output_dir / "best")
+                    self.write_repository(self.output_dir / "best", picture=self.output_dir / "samples.png")
             if values:
                 self.write_log(values)
+            self.draw_health()
         self.accelerator.wait_for_everyone()
+
+    def draw_health(self) -> None:
+        """Rewrite `health.png`; without matplotlib there is `log.jsonl` alone."""
+        if importlib.util.find_spec("matplotlib"):
+            draw_health(self.output_dir / "log.jsonl", self.output_dir / "health.png")
 
     def log(self, losses: dict[str, float]) -> None:
         values = {f"loss/{name}": value for name, value in losses.items()}
         values |= {name: float(value) for name, value in self.distiller.diagnostics.items()}
+        norms = {name: float(norm) for name, norm in self.gradient_norms.items()}
+        values |= {f"gradient_norm/{name}": norm for name, norm in norms.items()}
+        if norms.get("fake_score"):
+            values["gradient_norm_ratio"] = norms["student"] / norms["fake_score"]
         if self.accelerator.is_main_process:
             self.write_log(values)
 
     def write_log(self, values: dict[str, float]) -> None:
         self.accelerator.log(values, step=self.step)
-        line = {"step": self.step, "images": self.images_seen, "seconds": round(self.train_seconds, 1)} | values
+        self.write_line(values)
+        for text in self.health.add(values):
+            logger.warning("Step %d: %s", self.step, text)
+            self.write_line({"warning": text})
+            if self.args.stop_on_divergence:
+                self._divergence = text
+
+    def write_line(self, values: dict[str, float | str]) -> None:
+        about = {"step": self.step, "images": self.images_seen, "seconds": round(self.train_seconds, 1)}
         with open(self.output_dir / "log.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(about | values) + "\n")
 
 
 def configure_networks(module: torch.nn.Module, autocast_dtype: torch.dtype | None, checkpointing: bool) -> None:

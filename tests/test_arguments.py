@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import sys
 
 import pytest
 from conftest import ROOT
@@ -8,6 +9,9 @@ from diffusers_onestep.arguments import parse_args
 from diffusers_onestep.presets import DKDM_PRESETS, DMD_PRESETS, PID_PRESETS, SID_PRESETS
 
 REQUIRED = ["--pretrained_teacher_model", "fashion32", "--output_dir", "out"]
+
+
+sys.path.insert(0, str(ROOT / "training"))  # train_teacher imports a recipe
 
 
 def script(name):
@@ -23,7 +27,7 @@ PID, DKDM = script("train_pid").PIDArguments, script("train_dkdm").DKDMArguments
 
 def test_defaults_are_the_papers():
     sid, dmd = parse_args(SID, REQUIRED), parse_args(DMD, REQUIRED)
-    assert (sid.alpha, sid.start_ratio, sid.adam_beta1, sid.loss_scale) == (1.2, 2.5, 0.0, 100.0)
+    assert (sid.alpha, sid.start_ratio, sid.adam_beta1, sid.loss_scale) == (1.2, None, 0.0, 100.0)
     pid, dkdm = parse_args(PID, REQUIRED), parse_args(DKDM, REQUIRED)
     assert (pid.num_points, pid.rule, pid.distance, pid.optimizer) == (250, "first", "lpips-average", "radam")
     assert (dkdm.scheme, dkdm.reservoir_ratio, dkdm.learning_rate) == ("dynamic", 0.4, 1e-4)
@@ -48,6 +52,10 @@ def test_published_numbers():
     assert DMD_PRESETS["cifar10-cond"]["train_batch_size"] == 56
     assert PID_PRESETS["cifar10-uncond"]["max_train_steps"] == 800_000
     assert PID_PRESETS["imagenet64-cond"]["learning_rate"] == 1e-4
+    assert DMD_PRESETS["dmd2-sdxl-1step"]["student_timesteps"] == [399.0]
+    assert DMD_PRESETS["dmd2-sdxl-4step"]["max_train_steps"] == 4_000
+    assert DMD_PRESETS["dmd2-sd15"]["train_batch_size"] == 32 and DMD_PRESETS["dmd2-sd15"]["fake_score_updates"] == 10
+    assert SID_PRESETS["sd15-lsg-1.5"]["max_train_steps"] == 19_531 and SID_PRESETS["sd15-lsg-4.5"]["kappas"] == [4.5]
     presets = (SID_PRESETS, DMD_PRESETS, PID_PRESETS, DKDM_PRESETS)
     for preset in (preset for table in presets for preset in table.values()):
         assert preset["global_batch_size"] % preset["train_batch_size"] == 0

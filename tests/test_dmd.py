@@ -214,14 +214,14 @@ def test_i17_the_gan_loss_alone_moves_the_student_and_trains_the_encoder():
     assert distiller.head.layers[0].weight.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("size", [4, 8, 32])
+@pytest.mark.parametrize("size", [4, 6, 8, 12, 32])
 def test_i18_head_gives_one_logit(size):
     assert GANHead(32, size)(torch.randn(2, 32, size, size)).shape == (2, 1)
 
 
-def test_i18_odd_bottleneck_is_refused():
-    with pytest.raises(ValueError, match=r"`size` .* but is 6"):
-        GANHead(32, 6)
+def test_i18_a_bottleneck_smaller_than_the_kernel_is_refused():
+    with pytest.raises(ValueError, match=r"`size` .* but is 3"):
+        GANHead(32, 3)
 
 
 def test_i20_backward_simulation():
@@ -261,6 +261,16 @@ def test_i21_regression():
     off = DMD(small_teacher(), regression_weight=0.0, regression_loss=lambda a, b: called.append(1))
     next(off.updates(BATCH | pairs))
     assert not called
+
+
+def test_regression_alone_is_a_warm_up():
+    pairs = {"noise": torch.randn(4, 1, 16, 16), "target": torch.randn(4, 1, 16, 16)}
+    distiller = DMD(small_teacher(), matching_weight=0.0, regression_weight=2.0, regression_loss="l2")
+    ((name, loss),) = distiller.updates(BATCH | pairs)
+    assert name == "student"
+    torch.testing.assert_close(loss, 2.0 * distiller.regression_loss(BATCH | pairs))
+    with pytest.raises(ValueError, match="`matching_weight` and `regression_weight` must not both be 0"):
+        DMD(small_teacher(), matching_weight=0.0)
 
 
 @pytest.mark.parametrize("name", ["l2", "pseudo-huber"])

@@ -1,25 +1,56 @@
+import dataclasses
 import json
 import sys
 
 import pytest
-from diffusers import DDIMScheduler
+import torch
+from conftest import tiny_unet
+from diffusers import (
+    AutoencoderKL,
+    ConsistencyModelPipeline,
+    DDIMScheduler,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from test_extractors import tiny_clip
 from test_trainer import run, script
+from transformers import CLIPTextConfig, CLIPTextModel
 
-from diffusers_onestep import OneStepPipeline, Teacher, evaluate
+from diffusers_onestep import Metrics, OneStepPipeline, Teacher, evaluate
+from diffusers_onestep.evaluation import METRICS, Score, generate, markdown_table, measure, write_metrics
+from diffusers_onestep.features import FashionCNN, load_extractor
+from diffusers_onestep.reference import Reference
 from diffusers_onestep.schedulers import solver_for
 
+OF_PIXELS = [metric for metric in METRICS if metric != "clip_score"]
+NUMBERS = ["FD", "KID", "precision", "recall", "density", "coverage", "IS", "diversity", "agreement"]
 
-def test_processes_share_the_sampling_and_find_the_same_distance(tmp_path):
-    flags = ["--model", "fashion32-onestep", "--num_samples", "60", "--batch_size", "20"]
+
+def test_processes_share_the_sampling_and_find_the_same_numbers(tmp_path):
+    flags = ["--model", "fashion32-onestep", "--pretrained_teacher_model", "fashion32", "--teacher_steps", "2"]
+    Reference.load(None, FashionCNN.from_shipped()).save(tmp_path / "small.safetensors", features=200)
+    flags += ["--num_samples", "60", "--batch_size", "20", "--metrics", *OF_PIXELS]
+    flags += ["--reference", str(tmp_path / "small.safetensors")]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29523"]
     commands = script("evaluate.py", *flags), [*launcher, *script("evaluate.py", *flags)[1:]]
     results = []
     for name, command in zip(("one", "two"), commands, strict=True):
         run([*command, "--output_dir", str(tmp_path / name)], ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
         results.append(json.loads((tmp_path / name / "metrics.json").read_text()))
-    (one,), (two,) = (result["results"] for result in results)
-    assert two["value"] == pytest.approx(one["value"], rel=1e-4) and one["num_samples"] == two["num_samples"] == 60
-    assert "2 processes" in results[1]["hardware"]
+        assert all((tmp_path / name / picture).is_file() for picture in ("quality.png", "samples.png"))
+    assert "2 processes" in results[1]["hardware"] and "1 processes" in results[0]["hardware"]
+    rows = [result["results"] for result in results]
+    assert [row["model"] for row in rows[0]] == ["fashion32-onestep", "teacher"]
+    for one, two in zip(*rows, strict=True):
+        assert list(one["scores"]) == [f"{name}-fashion" for name in NUMBERS]
+        for name, score in one["scores"].items():
+            other = two["scores"][name]
+            assert other["value"] == pytest.approx(score["value"], rel=1e-6), name
+            assert other["error"] == pytest.approx(score["error"], rel=1e-6), name
+            assert score["num_samples"] == 60 and len(score["weights"]) == 16 and score["extractor"] == "fashion"
+    assert rows[0][1]["scores"]["agreement-fashion"]["value"] == 1  # the teacher with itself
+    assert results[0]["seed"] == 0 and {"torch", "diffusers", "python"} <= results[0]["versions"].keys()
 
 
 def test_a_student_keeps_its_own_scheduler():
@@ -38,3 +69,104 @@ def test_models_of_several_steps_are_measured_at_the_fitted_ones(tmp_path):
     run(script("evaluate.py", *flags))
     (row,) = json.loads((tmp_path / "out" / "metrics.json").read_text())["results"]
     assert row["nfe"] == 3 and row["error"] > 0 and len(row["extractor"]) == 16
+
+
+def test_errors_cover_what_another_seed_finds():
+    """Two draws of the same student differ by a few of the errors that were stated for them."""
+    pipe, network = OneStepPipeline.from_pretrained("fashion32-onestep"), FashionCNN.from_shipped()
+    reference = Reference.load(None, network)
+    reference = dataclasses.replace(reference, features=reference.features[:500])
+    draws = [generate(pipe, network, num_samples=300, batch_size=150, seed=seed) for seed in (0, 1)]
+    metrics = [metric for metric in OF_PIXELS if metric != "agreement"]
+    first, second = (measure(samples, reference, metrics) for samples in draws)
+    for name, score in first.scores.items():
+        error = (score.error**2 + second.scores[name].error ** 2) ** 0.5
+        assert 0 < error < abs(score.value) and abs(score.value - second.scores[name].value) < 5 * error, name
+    # in the order of the noises: it agrees with itself, and other noises give other images
+    same = measure(draws[0], None, ["agreement"], draws[0]), measure(draws[0], None, ["agreement"], draws[1])
+    assert same[0].value == 1 and abs(same[1].value) < 0.2
+    assert draws[0].latency > 0 and draws[0].images_per_second > 0
+
+
+def test_colour_images_of_another_size_with_general_features(tmp_path):
+    pipe = ConsistencyModelPipeline(tiny_unet(classes=2, size=24, channels=3), DDPMScheduler())
+    pipe.save_pretrained(tmp_path)
+    teacher, network = Teacher.from_pretrained(tmp_path), load_extractor("effnet-lite0")
+    images = torch.randint(0, 256, (12, 3, 24, 24), dtype=torch.uint8)
+    Reference.from_images(images, network).save(tmp_path / "r.safetensors")
+    row = evaluate(
+        teacher, num_inference_steps=2, guidance_scale=1.0, num_samples=8, batch_size=4, extractor=network,
+        reference=tmp_path / "r.safetensors", metrics=("kid", "inception_score"),
+    )  # fmt: skip
+    assert row.nfe == 2 and list(row.scores) == ["KID-EffNetLite0@64", "IS-EffNetLite0@64"]
+    assert row.metric == "KID-EffNetLite0@64" and row.num_reference == 12
+    assert row.error is None and row.scores["IS-EffNetLite0@64"].error is None  # of eight samples
+    assert row.scores["IS-EffNetLite0@64"].value >= 1
+    with pytest.raises(ValueError, match=r"`pixels` must be uint8 .* for fashion"):
+        evaluate(teacher, num_inference_steps=1, num_samples=4)
+
+
+def tiny_stable_diffusion(folder):
+    """Random Stable Diffusion with a tiny CLIP beside it; both share a tokenizer."""
+    tiny_clip(folder / "clip")
+    clip = load_extractor("clip", str(folder / "clip"))
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    text = CLIPTextModel(CLIPTextConfig(vocab_size=len(clip.tokenizer), max_position_embeddings=77, **sizes)).eval()
+    vae = AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2, latent_channels=4, sample_size=32)  # fmt: skip
+    unet = UNet2DConditionModel(sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16, attention_head_dim=2)  # fmt: skip
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
+    return StableDiffusionPipeline(vae.eval(), text, clip.tokenizer, unet.eval(), scheduler, None, None,
+        requires_safety_checker=False), clip  # fmt: skip
+
+
+def test_text_to_image_models_are_measured_by_prompts(tmp_path):
+    pipe, clip = tiny_stable_diffusion(tmp_path)
+    prompts = ["a cat", "a dog", "snow"]
+    asked = {"prompts": prompts, "num_inference_steps": 2, "num_samples": 4, "batch_size": 3, "clip_model": clip}
+    metrics = ("clip_score", "diversity", "agreement")
+    target = generate(
+        pipe, clip, num_inference_steps=2, guidance_scale=1.0, num_samples=4, batch_size=4, prompts=prompts
+    )
+    row = evaluate(Teacher(pipe), **asked, metrics=metrics, extractor=clip, teacher=target)
+    assert row.nfe == 2 and list(row.scores) == ["CLIP-score-clip@32", "diversity-clip@32", "agreement-clip@32"]
+    assert row.scores["agreement-clip@32"].value == pytest.approx(1, abs=1e-4)  # the same images
+    assert evaluate(pipe, **asked, metrics=("clip_score",), extractor=clip, guidance_scale=3.0).nfe == 4  # both halves
+    with pytest.raises(ValueError, match="`prompts` must be given for a text-to-image model"):
+        evaluate(pipe, num_samples=2, extractor=clip, metrics=("diversity",))
+    with pytest.raises(ValueError, match="`prompts` must be None for a pixel model"):
+        evaluate(OneStepPipeline.from_pretrained("fashion32-onestep"), num_samples=2, prompts=prompts)
+
+
+def test_what_cannot_be_measured_is_refused():
+    pipe, network = OneStepPipeline.from_pretrained("fashion32-onestep"), FashionCNN.from_shipped()
+    with pytest.raises(ValueError, match=r"`metrics` must be some of \['fd', .*\], but are \['fid'\]"):
+        evaluate(pipe, metrics=("fid",))
+    samples = generate(pipe, network, num_samples=4)
+    with pytest.raises(ValueError, match=r"`teacher` must be given for the metrics \['agreement'\]"):
+        measure(samples, None, ["agreement"])
+    with pytest.raises(ValueError, match=r"`reference` must be given for the metrics \['kid'\]"):
+        measure(samples, None, ["kid"])
+    moments_alone = dataclasses.replace(Reference.load(None, network), features=None)
+    with pytest.raises(ValueError, match=r"`reference` must hold features for the metrics \['kid'\]"):
+        measure(samples, moments_alone, ["fd", "kid"])
+    with pytest.raises(ValueError, match="`metrics` must be without 'clip_score' for samples without prompts"):
+        measure(samples, None, ["clip_score"])
+    with pytest.raises(ValueError, match="`num_inference_steps` must be given for a teacher"):
+        evaluate(Teacher.from_pretrained("fashion32"), num_samples=2)
+
+
+def test_files_of_an_earlier_version_still_read(tmp_path):
+    """A row as it was written before there were several numbers of one model."""
+    old = {"model": "m", "nfe": 1, "metric": "FD-fashion", "value": 0.85, "num_samples": 10, "images_per_second": 9.0}
+    row = Metrics(**old, seed=0)
+    assert markdown_table([row]).splitlines()[-1] == "| m | 1 | 0.85 | – | 9 |"
+    write_metrics(tmp_path / "metrics.json", [row], command="here")
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert written["command"] == "here" and old.items() <= written["results"][0].items()
+    row = Metrics(**old, seed=0, scores={"FD-fashion": Score(0.85, 0.04, 10, "fashion", "0123456789abcdef")})
+    write_metrics(tmp_path / "metrics.json", [row], command="here")
+    (read,) = json.loads((tmp_path / "metrics.json").read_text())["results"]
+    assert Metrics(**read) == row and "0.850 ± 0.040" in markdown_table([Metrics(**read)])

@@ -32,7 +32,7 @@ def sample(hub, cache, how, code=SAMPLE):
         capture_output=True,
         text=True,
         env=os.environ | environment,
-        timeout=120,
+        timeout=600,
     )
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_onestep.features import FashionCNN, reference_moments
+from diffusers_onestep.features import FashionCNN
 from diffusers_onestep.metrics import (
     agreement,
     bootstrap_error,
@@ -15,6 +15,7 @@ from diffusers_onestep.metrics import (
     moments,
     precision_recall,
 )
+from diffusers_onestep.reference import Reference
 
 
 def test_frechet_distance_of_gaussians_with_diagonal_covariances():
@@ -74,8 +75,9 @@ def test_fashion_network_and_its_reference():
     features, logits = network(pixels, batch_size=3)
     assert features.shape == (4, 128) and logits.shape == (4, 10)
     torch.testing.assert_close(network(pixels[2:3])[0], features[2:3])
-    mean, covariance = reference_moments()
-    assert mean.shape == (128,) and covariance.shape == (128, 128) and mean.dtype == torch.float64
+    reference = Reference.load(None, network)
+    assert reference.mean.shape == (128,) and reference.covariance.shape == (128, 128)
+    assert reference.mean.dtype == torch.float64 and reference.features.shape == (10_000, 128)
     with pytest.raises(ValueError, match=r"`pixels` must be uint8"):
         network(pixels.float())
 
@@ -107,6 +109,10 @@ def test_diversity_and_agreement():
     assert diversity(x[:20]) == pytest.approx(torch.stack(pairs).mean().item(), rel=1e-5)
     assert agreement(x, x) == pytest.approx(1, abs=1e-5) and agreement(x, x.roll(1, 0)) == pytest.approx(0, abs=0.05)
     assert 0.5 < agreement(x, x + 0.3 * x.roll(1, 0)) < 0.9
+    labels = torch.arange(300) % 3
+    shifted = x + 100 * labels[:, None]
+    assert agreement(shifted, shifted.roll(3, 0)) > 0.9  # the same labels
+    assert agreement(shifted, shifted.roll(3, 0), labels) == pytest.approx(0, abs=0.05)
     with pytest.raises(ValueError, match="`a` and `b` must be of the same noises"):
         agreement(x, x[:5])
 

@@ -7,7 +7,6 @@ writes the fitted schedulers, `metrics.json` (after every row, so that a stopped
 """
 
 import json
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from diffusers_onestep import Metrics, Teacher, evaluate, fit_d_ode
 from diffusers_onestep.arguments import parse_args
 from diffusers_onestep.evaluation import noises_and_labels, provenance
 from diffusers_onestep.methods.dode import DODEReport, end_of, trajectory
+from diffusers_onestep.records import command_line
 from diffusers_onestep.repository import write_json
 from diffusers_onestep.schedulers import DODESchedulerMixin, distilled_copy, solver_for
 
@@ -78,8 +78,7 @@ class Comparison:
         self.content[kind].append(row)
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            command = " ".join(["accelerate launch", *sys.argv])
-            write_json(self.folder / "metrics.json", provenance(command) | self.content)
+            write_json(self.folder / "metrics.json", provenance(command_line()) | self.content)
 
     def distance(self, name: str, scheduler, steps: int) -> None:
         """One row: the distance of a solver's images."""

@@ -205,6 +205,7 @@ def train_autoencoder(args: EmojiArguments, emoji: Emoji, held_out: Emoji) -> Au
         train_batch_size=args.autoencoder_batch_size,
         learning_rate=args.autoencoder_learning_rate,
         resume_from_checkpoint=args.resume_from_checkpoint and "latest",
+        push_to_hub=False,
     )
 
     def validate(folder: Path) -> dict[str, float]:

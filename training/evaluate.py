@@ -1,24 +1,55 @@
 """Measure students against their teacher on the same noises.
 
     accelerate launch training/evaluate.py --model fashion32-onestep --pretrained_teacher_model fashion32 \\
-        --teacher_steps 1 5 50 --num_samples 10000 --output_dir evaluation
+        --teacher_steps 1 5 50 --num_samples 10000 --output_dir evaluation \\
+        --metrics fd kid precision_recall density_coverage inception_score diversity agreement
 
-writes `metrics.json`, `samples.png` (teacher above the first student, same noises) and `quality.png`.
+writes `metrics.json`, `quality.png` (the first number against network evaluations) and `samples.png` (teacher above
+the first student, same noises). All processes share the sampling, and find what one would. In a student's own folder,
+which is the default, the numbers go into its card too, and `--push_to_hub` pushes it. FID with EDM's statistics, a
+distance of ImageNet features that needs no download, and text-to-image:
+
+    accelerate launch training/evaluate.py --model cifar10-sid --extractor inception-v3-compat \\
+        --reference cifar10-32x32.npz --num_samples 50000
+    accelerate launch training/evaluate.py --model cifar10-sid --extractor effnet-lite0 --reference cifar10
+    accelerate launch training/evaluate.py --model sd15-dmd --prompts prompts.txt --extractor dinov2 \\
+        --metrics clip_score diversity
 """
 
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
+from diffusers import DiffusionPipeline
 
-from diffusers_onestep import OneStepPipeline, OneStepScheduler, Teacher, evaluate
-from diffusers_onestep.arguments import parse_args
-from diffusers_onestep.evaluation import comparison_grid, markdown_table, quality_plot, write_metrics
+from diffusers_onestep import Metrics, OneStepPipeline, OneStepScheduler, Teacher, create_model_card
+from diffusers_onestep.arguments import HubArguments, parse_args
+from diffusers_onestep.evaluation import (
+    AGAINST_IMAGES,
+    METRICS,
+    check_metrics,
+    comparison_grid,
+    conditions,
+    extract,
+    generate,
+    markdown_table,
+    measure,
+    quality_plot,
+    sampler,
+    stated,
+    write_metrics,
+)
+from diffusers_onestep.features import EXTRACTORS, load_extractor
+from diffusers_onestep.records import command_line
+from diffusers_onestep.reference import Reference
+
+PICTURES = 20  # on samples.png, of each model
 
 
 @dataclass
-class EvaluateArguments:
+class EvaluateArguments(HubArguments):
     model: list[str] = field(default_factory=list, metadata={"help": "Students: folders, Hub ids or shipped names."})
     output_dir: str | None = field(
         default=None, metadata={"help": "Where the numbers and pictures go; default: the first student's folder."}
@@ -27,18 +58,32 @@ class EvaluateArguments:
     teacher_steps: list[int] = field(
         default_factory=lambda: [1, 2, 5, 10, 20, 50], metadata={"help": "Steps at which to sample the teacher."}
     )
+    guidance_scale: float | None = field(default=None, metadata={"help": "Of the teacher; default: 1.0, off."})
     num_inference_steps: list[int] | None = field(
         default=None, metadata={"help": "Steps of models that are no one-step students; default: the fitted ones."}
     )
     num_samples: int = field(default=10_000, metadata={"help": "A distance is comparable only at the same number."})
     batch_size: int = field(default=250, metadata={"help": "Samples at a time."})
-    reference: str | None = field(default=None, metadata={"help": "Statistics of make_reference.py."})
+    metrics: list[str] = field(
+        default_factory=lambda: ["fd"], metadata={"help": f"Of {', '.join(METRICS)}; the first is plotted."}
+    )
+    extractor: str = field(default="fashion", metadata={"help": f"One of {', '.join(sorted(EXTRACTORS))}."})
+    extractor_weights: str | None = field(
+        default=None, metadata={"help": "A file for Inception, a Hub id or folder for DINOv2 and CLIP."}
+    )
+    clip_model: str | None = field(default=None, metadata={"help": "Hub id or folder of the CLIP score's network."})
+    reference: str | None = field(
+        default=None,
+        metadata={"help": "File of make_reference.py, .npz of EDM or ADM, or a data set; default: Fashion-MNIST's."},
+    )
+    reference_split: str = field(default="test", metadata={"help": "Of a data set."})
+    prompts: str | None = field(default=None, metadata={"help": "Of text-to-image models: a file, one a line."})
     seed: int = field(default=0, metadata={"help": "Of the noises."})
 
 
-def model_steps(pipeline: OneStepPipeline, args: EvaluateArguments) -> list[int | None]:
+def model_steps(pipeline: DiffusionPipeline, args: EvaluateArguments) -> list[int | None]:
     """The numbers of steps to sample a model with; None for a student's own."""
-    if pipeline.student_steps is not None or isinstance(pipeline.scheduler, OneStepScheduler):
+    if getattr(pipeline, "student_steps", None) is not None or isinstance(pipeline.scheduler, OneStepScheduler):
         return [None]
     steps = args.num_inference_steps or getattr(pipeline.scheduler, "fitted_steps", None)
     if not steps:
@@ -48,46 +93,79 @@ def model_steps(pipeline: OneStepPipeline, args: EvaluateArguments) -> list[int 
     return list(steps)
 
 
+def read_prompts(path: str) -> list[str]:
+    """The lines of a file."""
+    prompts = [line for line in Path(path).read_text().splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"`prompts` must be a file with a prompt a line, but {path!r} has none.")
+    return prompts
+
+
 def main(args: EvaluateArguments) -> None:
     state = Accelerator()
+    check_metrics(args.metrics)
     if args.output_dir is None and not (args.model and Path(args.model[0]).is_dir()):
         raise ValueError("`output_dir` must be given unless the first `model` is a folder, but is None.")
+    if "agreement" in args.metrics and not args.pretrained_teacher_model:
+        raise ValueError("`pretrained_teacher_model` must be given for the metric 'agreement', but is None.")
     output_dir = Path(args.output_dir or args.model[0])
+    in_student = (output_dir / "model_index.json").is_file()
+    if args.push_to_hub and not in_student:
+        raise ValueError(f"`output_dir` must be the student's folder to be pushed, but is {args.output_dir!r}.")
+    if state.is_main_process:
+        args.open_repository(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    shared = {
-        "num_samples": args.num_samples,
-        "batch_size": args.batch_size,
-        "seed": args.seed,
-        "reference": args.reference,
-        "all_processes": True,
-    }
-    teacher = None
+    extractor = load_extractor(args.extractor, args.extractor_weights, state.device)
+    reference = None
+    if {"fd", *AGAINST_IMAGES} & set(args.metrics):
+        share = partial(extract, extractor=extractor, all_processes=True)
+        reference = Reference.load(args.reference, extractor, args.reference_split, share)
+    prompts = read_prompts(args.prompts) if args.prompts else None
+    sample = partial(
+        generate,
+        extractor=extractor,
+        num_samples=args.num_samples,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        prompts=prompts,
+        clip=load_extractor("clip", args.clip_model, state.device) if "clip_score" in args.metrics else None,
+        all_processes=True,
+    )
+    teacher_rows, student_rows, pictures = [], [], []
+    teacher = target = None
     if args.pretrained_teacher_model:
         teacher = Teacher.from_pretrained(args.pretrained_teacher_model, device=state.device)
-    rows = []
     students = [OneStepPipeline.from_pretrained(path).to(state.device) for path in args.model]
+    for steps in sorted(args.teacher_steps if teacher else [], reverse=True):
+        own = {"num_inference_steps": steps, "guidance_scale": args.guidance_scale}
+        samples = sample(teacher, name="teacher", **own)
+        target = target or samples  # what students are to agree with: the teacher at its most steps
+        teacher_rows.insert(0, report(samples, reference, args.metrics, target, state.print))
+        pictures = pictures or [sampler(teacher, **own)]
     for name, pipeline in zip(args.model, students, strict=True):
         for steps in model_steps(pipeline, args):
-            rows.append(evaluate(pipeline, name=name, num_inference_steps=steps, **shared))
-            state.print(rows[-1], flush=True)
-    for steps in args.teacher_steps if teacher else []:
-        rows.append(evaluate(teacher, name="teacher", num_inference_steps=steps, **shared))
-        state.print(rows[-1], flush=True)
-    if not state.is_main_process:
+            samples = sample(pipeline, name=name, num_inference_steps=steps)
+            student_rows.append(report(samples, reference, args.metrics, target, state.print))
+    rows = student_rows + teacher_rows
+    if not state.is_main_process or not rows:
         return
     print(markdown_table(rows))
-    write_metrics(output_dir / "metrics.json", rows, command=" ".join(["accelerate launch", *sys.argv]))
+    write_metrics(output_dir / "metrics.json", rows, command=command_line() or "")
     quality_plot(rows, output_dir / "quality.png")
     if teacher and students:
-        pipeline, steps = students[0], model_steps(students[0], args)[-1]
-        comparison_grid(
-            teacher,
-            lambda noise, cond: (
-                pipeline(latents=noise, num_inference_steps=steps, output_type="latent", **cond).images
-            ),
-            output_dir / "samples.png",
-            seed=args.seed,
-        )
+        pictures.append(sampler(students[0], num_inference_steps=model_steps(students[0], args)[-1]))
+        comparison_grid(*pictures, *conditions(teacher, PICTURES, args.seed, prompts), output_dir / "samples.png")
+    if in_student:
+        create_model_card(output_dir)
+    args.push(output_dir)
+
+
+def report(samples, reference, metrics, teacher, say: Callable) -> Metrics:
+    """One row, said at once."""
+    row = measure(samples, reference, metrics, teacher)
+    numbers = ", ".join(f"{name} {stated(score.value, score.error)}" for name, score in row.scores.items())
+    say(f"{row.model}, NFE {row.nfe}: {numbers}", flush=True)
+    return row
 
 
 if __name__ == "__main__":

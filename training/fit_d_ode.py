@@ -9,28 +9,30 @@ subfolder="scheduler")` in any pipeline of this teacher. `--save_pipeline` write
 
 import inspect
 import json
+import math
 import os
 import shutil
-import sys
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from huggingface_hub import create_repo, upload_folder
 
-from diffusers_onestep import Teacher, fit_d_ode
-from diffusers_onestep.arguments import parse_args
-from diffusers_onestep.evaluation import provenance
+from diffusers_onestep import Teacher, create_model_card, fit_d_ode
+from diffusers_onestep.arguments import HubArguments, parse_args
 from diffusers_onestep.methods.base import normal
-from diffusers_onestep.methods.dode import nested_teacher
+from diffusers_onestep.methods.dode import nested_teacher, paper
+from diffusers_onestep.prompts import read_prompts
+from diffusers_onestep.records import RUN_RECORD, run_record, without_secret_settings
 from diffusers_onestep.repository import write_json, write_repository
+from diffusers_onestep.sampling import dynamic_shift
 from diffusers_onestep.schedulers import SOLVERS, DODESchedulerMixin, distilled_copy, solver_for
 from diffusers_onestep.trainer import sample_generators
 
 
 @dataclass
-class FitArguments:
+class FitArguments(HubArguments):
     pretrained_teacher_model: str = field(metadata={"help": "A Hub id, a folder or a shipped name."})
     output_dir: str = field(metadata={"help": "Where the scheduler goes; tables there are kept beside the new ones."})
     solver: str = field(metadata={"help": f"One of {', '.join(SOLVERS)}."})
@@ -44,21 +46,29 @@ class FitArguments:
     scale: int = field(default=10, metadata={"help": "Teacher's steps per step; paper: 10."})
     directions: int = field(default=1, metadata={"help": "2: an extension that fits two numbers per call."})
     prompts: str | None = field(default=None, metadata={"help": "File of prompts, one a line, taken in turn."})
+    resolution: int | None = field(default=None, metadata={"help": "Of a text-to-image teacher, in pixels."})
+    embedded_guidance: float = field(default=3.5, metadata={"help": "What FLUX.1-dev's guidance embedding is fed."})
     guidance_scale: float = field(default=1.0, metadata={"help": "Exactly as at inference."})
     seed: int = field(default=0, metadata={"help": "Of the noises."})
     mixed_precision: str | None = field(default=None, metadata={"help": "bf16 or fp16: of the network's calls."})
     save_pipeline: bool = field(default=False, metadata={"help": "Write the teacher's weights beside the scheduler."})
-    push_to_hub: bool = field(default=False, metadata={"help": "Push what was written."})
-    hub_model_id: str | None = field(default=None, metadata={"help": "Default: the name of `output_dir`."})
 
 
 def main(args: FitArguments) -> None:
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     teacher = Teacher.from_pretrained(
-        args.pretrained_teacher_model, revision=args.revision, variant=args.variant, device=accelerator.device
+        args.pretrained_teacher_model,
+        revision=args.revision,
+        variant=args.variant,
+        device=accelerator.device,
+        resolution=args.resolution,
+        embedded_guidance=args.embedded_guidance,
     )
     teacher.denoiser.autocast_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     settings = {} if args.solver_order is None else {"solver_order": args.solver_order}
+    if teacher.scheduler.config.get("use_dynamic_shifting"):
+        shift = math.exp(dynamic_shift(teacher.scheduler, teacher.sample_shape))
+        settings |= {"use_dynamic_shifting": True, "time_shift_type": "exponential", "flow_shift": shift}
     scheduler = solver_for(args.solver, teacher.scheduler, **settings)
     if args.save_pipeline and args.guidance_scale != 1.0 and not teacher.takes_prompts:
         raise ValueError(
@@ -67,6 +77,7 @@ def main(args: FitArguments) -> None:
         )
     notes = {
         "guidance_scale": args.guidance_scale,
+        "embedded_guidance": args.embedded_guidance if teacher.takes_prompts else None,
         "teacher_model": args.pretrained_teacher_model,
         "revision": args.revision,
         "prompts": args.prompts,
@@ -80,6 +91,9 @@ def main(args: FitArguments) -> None:
         student.set_timesteps(steps)
         student.check_grid()
         nested_teacher(student, args.scale, None)
+    if accelerator.is_main_process:
+        args.open_repository(args.output_dir)
+    started = time.perf_counter()
     denoiser = teacher.guided(args.guidance_scale)
     conditions = all_conditions(teacher, args)
 
@@ -118,7 +132,7 @@ def main(args: FitArguments) -> None:
     if len(refused) == len(args.num_inference_steps):
         raise SystemExit("Nothing was saved.")
     if accelerator.is_main_process:
-        finish(teacher, scheduler, args)
+        finish(teacher, scheduler, args, time.perf_counter() - started)
 
 
 def take_up(scheduler: DODESchedulerMixin, notes: dict, args: FitArguments) -> None:
@@ -154,10 +168,7 @@ def all_conditions(teacher: Teacher, args: FitArguments) -> dict[str, torch.Tens
         raise ValueError(f"`prompts` must be {needed}, but is {args.prompts!r}.")
     if args.prompts is None:
         return teacher.encode()
-    lines = [line.strip() for line in Path(args.prompts).read_text().splitlines() if line.strip()]
-    if not lines:
-        raise ValueError(f"`prompts` must have one prompt a line, but {args.prompts!r} has none.")
-    lines = lines[: args.num_samples + args.num_holdout_samples]
+    lines = read_prompts(args.prompts)[: args.num_samples + args.num_holdout_samples]
     parts = [teacher.encode(lines[i : i + args.batch_size]) for i in range(0, len(lines), args.batch_size)]
     return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
 
@@ -172,52 +183,19 @@ def save(scheduler: DODESchedulerMixin, args: FitArguments) -> None:
     shutil.rmtree(beside)
 
 
-def finish(teacher: Teacher, scheduler: DODESchedulerMixin, args: FitArguments) -> None:
-    """What goes beside the scheduler: the card, the arguments, and the teacher's weights and the Hub if asked for."""
+def finish(teacher: Teacher, scheduler: DODESchedulerMixin, args: FitArguments, seconds: float) -> None:
+    """What goes beside the scheduler: the card and what it is made of, and the teacher's weights and the Hub if asked
+    for."""
     folder = Path(args.output_dir)
     if args.save_pipeline:
         teacher.pipeline.register_modules(scheduler=scheduler)
         write_repository(teacher.pipeline, folder)
-    command = " ".join(["accelerate launch", *sys.argv])
-    write_json(folder / "training_args.json", asdict(args) | provenance(command))
-    name, tables = type(scheduler).__name__, scheduler.config.dode_tables
-    rows = [
-        f"| {steps} | {len(table['lambdas'])} "
-        f"| {table['heldout_mse_base'] ** 0.5:.5f} | {table['heldout_mse'] ** 0.5:.5f} |"
-        for steps, table in sorted(tables.items(), key=lambda item: int(item[0]))
-    ]
-    repo = args.hub_model_id or folder.name
-    card = CARD.format(name=name, repo=repo, command=command, rows="\n".join(rows), **vars(args))
-    beside = folder / ".README.md.writing"
-    beside.write_text(card)
-    beside.replace(folder / "README.md")
-    if args.push_to_hub:
-        repo = create_repo(args.hub_model_id or folder.name, exist_ok=True)
-        upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message=f"Distilled {args.solver} solver")
-
-
-CARD = """---
-library_name: diffusers
-tags: [diffusers-onestep, d-ode]
----
-
-# {name} for {pretrained_teacher_model}
-
-A distilled ODE solver ([D-ODE](https://arxiv.org/abs/2309.16421)): one fitted number per network call. It works in any
-diffusers pipeline of `{pretrained_teacher_model}`, at guidance scale {guidance_scale} and the numbers of steps below.
-
-    from diffusers_onestep import {name}
-    pipe.scheduler = {name}.from_pretrained("{repo}", subfolder="scheduler")
-
-| steps | NFE | base solver: RMSE to the teacher | distilled |
-|---|---|---|---|
-{rows}
-
-RMSE of final samples on {num_holdout_samples} held-out noises, to DPM-Solver++(2M) with {scale} times the steps. Made
-by
-
-    {command}
-"""
+    write_json(folder / "training_args.json", without_secret_settings(asdict(args)))
+    record = run_record("D-ODE", paper, args.pretrained_teacher_model, args.revision)
+    labels = {"id2label": teacher.id2label, "num_labels": None if teacher.takes_prompts else teacher.num_labels}
+    write_json(folder / RUN_RECORD, record | labels | {"seconds": round(seconds, 1)})
+    create_model_card(folder)
+    args.push(folder)
 
 
 if __name__ == "__main__":

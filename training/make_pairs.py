@@ -16,6 +16,7 @@ from diffusers_onestep import Teacher
 from diffusers_onestep.arguments import parse_args
 from diffusers_onestep.data import join_pairs, write_pairs
 from diffusers_onestep.methods.base import normal
+from diffusers_onestep.prompts import read_prompts
 from diffusers_onestep.trainer import sample_generators
 
 
@@ -26,6 +27,8 @@ class PairArguments:
     num_pairs: int = field(default=10_000, metadata={"help": "Paper: 25,000 to 500,000."})
     num_inference_steps: int = field(default=50, metadata={"help": "Steps of the teacher's solver."})
     guidance_scale: float = field(default=1.0, metadata={"help": "As the student's training will have it."})
+    prompts: str | None = field(default=None, metadata={"help": "File of prompts, one a line, taken in turn."})
+    resolution: int | None = field(default=None, metadata={"help": "Of a text-to-image teacher, in pixels."})
     batch_size: int = field(default=250, metadata={"help": "Pairs at a time."})
     seed: int = field(default=0, metadata={"help": "Of the noises."})
 
@@ -35,15 +38,24 @@ def main(args: PairArguments) -> None:
     folder = Path(args.output_dir)
     if folder.exists():
         raise ValueError(f"`output_dir` must not exist yet, but {args.output_dir!r} does.")
-    teacher = Teacher.from_pretrained(args.pretrained_teacher_model, device=accelerator.device)
-    labels = teacher.encode()
+    teacher = Teacher.from_pretrained(
+        args.pretrained_teacher_model, device=accelerator.device, resolution=args.resolution
+    )
+    if teacher.takes_prompts != (args.prompts is not None):
+        needed = "a file, for a text-to-image teacher" if teacher.takes_prompts else "None for this teacher"
+        raise ValueError(f"`prompts` must be {needed}, but is {args.prompts!r}.")
+    prompts = read_prompts(args.prompts) if args.prompts else None
+    labels = {} if prompts else teacher.encode()
     own = torch.arange(args.num_pairs).tensor_split(accelerator.num_processes)[accelerator.process_index]
 
     def rows():
         for places in tqdm(own.split(args.batch_size), disable=not accelerator.is_main_process, desc="pairs"):
             generators = sample_generators(args.seed, 0, places.tolist())
             noise = normal((len(places), *teacher.sample_shape), generators)
-            cond = {k: v[places % len(v)] for k, v in labels.items()}
+            own_prompts = [prompts[place % len(prompts)] for place in places.tolist()] if prompts else None
+            stored = {k: v[places % len(v)] for k, v in labels.items()}
+            cond = teacher.encode(own_prompts) if prompts else stored
+            stored = {"prompt": own_prompts} if prompts else stored
             target = teacher.sample(
                 noise.to(accelerator.device),
                 {k: v.to(accelerator.device) for k, v in cond.items()},
@@ -51,7 +63,7 @@ def main(args: PairArguments) -> None:
                 guidance_scale=args.guidance_scale,
             ).cpu()
             for i in range(len(places)):
-                yield {"noise": noise[i], "target": target[i]} | {k: v[i] for k, v in cond.items()}
+                yield {"noise": noise[i], "target": target[i]} | {k: v[i] for k, v in stored.items()}
 
     parts = [folder.with_name(f".{folder.name}.part-{rank}") for rank in range(accelerator.num_processes)]
     shutil.rmtree(parts[accelerator.process_index], ignore_errors=True)

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from diffusers_onestep import DKDM, Denoiser, train
+from diffusers_onestep import DKDM, Denoiser, Teacher, train
 from diffusers_onestep.arguments import parse_args
-from diffusers_onestep.data import Batches, Conditions
+from diffusers_onestep.data import Batches, Conditions, Samples
 from diffusers_onestep.distillation import TeacherArguments, compression_hooks
 from diffusers_onestep.models import network_from_config, shrunk
 from diffusers_onestep.presets import DKDM_PRESETS
+from diffusers_onestep.prompts import PromptEmbeddings
 
 
 @dataclass
@@ -51,6 +52,7 @@ def main(args: DKDMArguments) -> None:
     if args.global_batch_size:
         own_batch = args.global_batch_size // accelerator.num_processes
     teacher = args.load_teacher()
+    samples = args.load_samples(teacher)
     torch.manual_seed(args.seed)  # the student starts at random
     if args.shrink is not None:
         network = shrunk(teacher.denoiser.network, args.shrink)
@@ -58,7 +60,7 @@ def main(args: DKDMArguments) -> None:
         network = network_from_config(json.loads(Path(args.student_config).read_text()))
     student = Denoiser(network, teacher.denoiser.schedule, teacher.denoiser.prediction_type)
     distiller = DKDM(
-        teacher if args.guidance_scale == 1.0 else teacher.guided(args.guidance_scale),
+        args.guided(teacher),
         student,
         batch_size=own_batch,
         scheme=args.scheme,
@@ -67,14 +69,21 @@ def main(args: DKDMArguments) -> None:
         clip=args.clip,
         stochastic=False if args.deterministic else None,
         learned_variance=args.learned_variance,
-        cond=teacher.encode() if args.guidance_scale != 1.0 else None,
+        cond=trajectory_conditions(teacher, samples, args.guidance_scale),
         dtype=getattr(torch, args.reservoir_dtype),
         pin_memory=args.pin_memory,
         sample_shape=teacher.sample_shape,
     )
     prepare(distiller, args, accelerator)
-    save, validate = compression_hooks(distiller, args, args.validation_inference_steps)
+    save, validate = compression_hooks(distiller, args, args.validation_inference_steps, teacher, samples)
     train(distiller, Batches(Conditions(), args.train_batch_size, args.seed), args, save=save, validate=validate)
+
+
+def trajectory_conditions(teacher: Teacher, samples: Samples, guidance_scale: float):
+    """Rows of conditions: with null ones among them where the student is to be guided, not the teacher."""
+    if isinstance(samples, PromptEmbeddings):
+        return samples if guidance_scale != 1.0 else samples.with_null()
+    return teacher.encode() if guidance_scale != 1.0 else None
 
 
 def prepare(distiller: DKDM, args: DKDMArguments, accelerator: Accelerator) -> None:

@@ -4,14 +4,17 @@
         --pairs fashion32-pairs --regression_weight 0.25 --regression_loss pseudo-huber
 
 `--pairs` are made by `make_pairs.py`. DMD2 needs none: `--fake_score_updates 5`, and `--gan_weight 3e-3 --dataset
-...` for its GAN branch on real images.
+...` for its GAN branch on real images; a text-to-image teacher takes them, and their captions, from `--dataset_name`.
+
+    accelerate launch training/train_dmd.py --pretrained_teacher_model stabilityai/stable-diffusion-xl-base-1.0 \\
+        --output_dir sdxl-dmd2-4step --preset dmd2-sdxl-4step --dataset_name my/captioned-images
 """
 
 from dataclasses import dataclass, field
 
 from diffusers_onestep import DMD
 from diffusers_onestep.arguments import parse_args
-from diffusers_onestep.data import Batches, Conditions, load_images, load_pairs
+from diffusers_onestep.data import Batches, load_images
 from diffusers_onestep.distillation import DistillationArguments, train_student
 from diffusers_onestep.presets import DMD_PRESETS
 
@@ -23,41 +26,44 @@ class DMDArguments(DistillationArguments):
         default=None,
         metadata={"help": "Least and largest sigma / alpha of the comparison; default: the papers'."},
     )
+    matching_weight: float = field(default=1.0, metadata={"help": "Of distribution matching; 0: regression alone."})
     regression_weight: float = field(default=0.0, metadata={"help": "Of the regression on pairs; paper: 0.25, 0.5."})
     regression_loss: str = field(default="lpips", metadata={"help": "lpips, l2 or pseudo-huber."})
     gan_weight: float = field(default=0.0, metadata={"help": "Of the student's GAN loss; paper: 1e-3 to 5e-3."})
     gan_critic_weight: float = field(default=0.01, metadata={"help": "Of the critic's GAN loss."})
-    dataset: str | None = field(default=None, metadata={"help": "Real images for the GAN branch."})
+    dataset: str | None = field(default=None, metadata={"help": "Real images for the GAN branch of a pixel teacher."})
     adam_weight_decay: float = 0.01
     lr_warmup_steps: int = 500
 
 
 def main(args: DMDArguments) -> None:
-    for weight, source in (("regression_weight", "pairs"), ("gan_weight", "dataset")):
-        if getattr(args, weight) and getattr(args, source) is None:
-            raise ValueError(f"`{source}` must be given with a `{weight}` of {getattr(args, weight)}, but is None.")
+    images = args.dataset if args.dataset_name is None else args.dataset_name
+    for weight, name, source in (("regression_weight", "pairs", args.pairs), ("gan_weight", "dataset", images)):
+        if getattr(args, weight) and source is None:
+            raise ValueError(f"`{name}` must be given with a `{weight}` of {getattr(args, weight)}, but is None.")
     if args.regression_weight and args.gan_weight:
         raise ValueError("`regression_weight` and `gan_weight` must not both be set: DMD has the one, DMD2 the other.")
     teacher = args.load_teacher()
+    if args.gan_weight and not teacher.takes_prompts:
+        samples = load_images(args.dataset)
+    else:
+        pairs = args.pairs if args.regression_weight else None
+        samples = args.load_samples(teacher, images=bool(args.gan_weight), pairs=pairs)
     distiller = DMD(
-        teacher.guided(args.guidance_scale),
+        args.guided(teacher),
         start_ratio=args.start_ratio,
         level_ratios=args.level_ratios,
+        matching_weight=args.matching_weight,
         regression_weight=args.regression_weight,
-        regression_loss=args.regression_loss,
+        regression_loss=args.model_distance(teacher, args.regression_loss, "regression_loss"),
         gan_weight=args.gan_weight,
         gan_critic_weight=args.gan_critic_weight,
         fake_score_updates=args.fake_score_updates,
         student=args.load_student(),
         student_timesteps=args.student_timesteps,
+        sample_shape=teacher.sample_shape,
         lora=args.lora_config(),
     )
-    if args.regression_weight:
-        samples = load_pairs(args.pairs)
-    elif args.gan_weight:
-        samples = load_images(args.dataset)
-    else:
-        samples = Conditions(teacher.encode())
     train_student(distiller, Batches(samples, args.train_batch_size, args.seed), args, teacher)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from diffusers_onestep import PID
 from diffusers_onestep.arguments import parse_args
-from diffusers_onestep.data import Batches, Conditions
+from diffusers_onestep.data import Batches
 from diffusers_onestep.distillation import StudentArguments, train_student
 from diffusers_onestep.presets import PID_PRESETS
 
@@ -29,17 +29,18 @@ class PIDArguments(StudentArguments):
 
 def main(args: PIDArguments) -> None:
     teacher = args.load_teacher()
+    samples = args.load_samples(teacher)
     distiller = PID(
-        teacher.guided(args.guidance_scale),
+        args.guided(teacher),
         num_points=args.num_points,
         start_ratio=args.start_ratio,
         rule=args.rule,
-        distance=args.distance,
+        distance=args.model_distance(teacher, args.distance, "distance"),
         head=args.head,
         student=args.load_student(),
+        sample_shape=teacher.sample_shape,
     )
-    batches = Batches(Conditions(teacher.encode()), args.train_batch_size, args.seed)
-    train_student(distiller, batches, args, teacher)
+    train_student(distiller, Batches(samples, args.train_batch_size, args.seed), args, teacher)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from diffusers_onestep import SiD
 from diffusers_onestep.arguments import parse_args
-from diffusers_onestep.data import Batches, Conditions
+from diffusers_onestep.data import Batches
 from diffusers_onestep.distillation import DistillationArguments, train_student
 from diffusers_onestep.presets import SID_PRESETS
 
@@ -15,12 +15,14 @@ from diffusers_onestep.presets import SID_PRESETS
 @dataclass
 class SiDArguments(DistillationArguments):
     alpha: float = field(default=1.2, metadata={"help": "Of the loss; the paper has 1.0 and 1.2."})
-    start_ratio: float | None = 2.5
     noise_levels: str | None = field(
         default=None,
         metadata={"help": "karras, uniform or logit_normal; default: the paper's for the teacher's schedule."},
     )
     loss_scale: float = field(default=100.0, metadata={"help": "Factor on the student's loss."})
+    kappas: list[float] | None = field(
+        default=None, metadata={"help": "SiD-LSG's guidance: one scale for all, or four (fake 1-3, teacher 4)."}
+    )
     augment_probability: float = field(
         default=0.0, metadata={"help": "Of each change of the fake score's images; paper: 0.12, 0.15."}
     )
@@ -32,22 +34,24 @@ class SiDArguments(DistillationArguments):
 
 def main(args: SiDArguments) -> None:
     teacher = args.load_teacher()
+    samples = args.load_samples(teacher)
     distiller = SiD(
-        teacher.guided(args.guidance_scale),
+        args.guided(teacher),
         alpha=args.alpha,
         start_ratio=args.start_ratio,
         noise_levels=args.noise_levels,
         loss_scale=args.loss_scale,
+        kappas=args.kappas,
         sequential=args.sequential,
         augment_probability=args.augment_probability,
         network_dropout=args.network_dropout,
         fake_score_updates=args.fake_score_updates,
         student=args.load_student(),
         student_timesteps=args.student_timesteps,
+        sample_shape=teacher.sample_shape,
         lora=args.lora_config(),
     )
-    batches = Batches(Conditions(teacher.encode()), args.train_batch_size, args.seed)
-    train_student(distiller, batches, args, teacher)
+    train_student(distiller, Batches(samples, args.train_batch_size, args.seed), args, teacher)
 
 
 if __name__ == "__main__":

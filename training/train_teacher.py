@@ -41,6 +41,10 @@ class TeacherArguments(TrainArguments):
     lr_scheduler: str = "cosine"
     lr_warmup_steps: int = 500
     ema_halflife_kimg: float = 50.0
+    license: str | None = field(
+        default=None,
+        metadata={"help": "Of the model, in the Hub's spelling, such as mit; look at that of the data."},
+    )
     label_dropout: float = field(default=0.1, metadata={"help": "How often the null label replaces the true one."})
 
 

@@ -38,6 +38,24 @@ def image_distance(name: str, argument: str = "distance") -> Distance:
         ) from error
 
 
+class Decoded:
+    """A distance between the images that latents stand for.
+
+    Args:
+        name (`str`): see `image_distance`; its network is loaded at the first call.
+        decode (callable): latents to images in [-1, 1], with a graph.
+        argument (`str`, *optional*): what errors call it.
+    """
+
+    def __init__(self, name: str, decode: Callable[[torch.Tensor], torch.Tensor], argument: str = "distance"):
+        self.name, self.decode, self.argument = name, decode, argument
+        self._distance: Distance | None = None
+
+    def __call__(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        self._distance = self._distance or image_distance(self.name, self.argument)
+        return self._distance(self.decode(a), self.decode(b))
+
+
 class Perceptual:
     """A perceptual network as a distance.
 
@@ -100,6 +118,7 @@ def _pseudo_huber(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return ((square + c**2).sqrt() - c).mean() / a[0].numel() ** 0.5
 
 
+PERCEPTUAL = ("lpips", "lpips-average", "stlpips")  # they take images, not latents
 DISTANCES: dict[str, Callable[[], Distance]] = {
     "lpips": _lpips,
     "lpips-average": _lpips_average,

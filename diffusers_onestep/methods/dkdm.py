@@ -173,7 +173,7 @@ class Reservoir:
         slots (`int`): how many trajectories.
         sample_shape (`tuple`): `(C, H, W)`.
         num_timesteps (`int`): steps of a trajectory.
-        cond (`dict` of tensors, *optional*): rows of conditions; each trajectory has one of them.
+        cond (`dict` of tensors or `Samples`, *optional*): rows of conditions; each trajectory has one of them.
         start (callable, *optional*): unit-variance noise and offsets to starting states.
         dtype (`torch.dtype`, *optional*, defaults to float32): of the stored states; float16 for large latents.
         pin_memory (`bool`, *optional*, defaults to `False`): keep them in page-locked memory of the CPU.
@@ -185,7 +185,7 @@ class Reservoir:
         sample_shape: tuple[int, ...],
         num_timesteps: int,
         *,
-        cond: Cond | None = None,
+        cond: Any = None,
         start: Any = None,
         dtype: torch.dtype = torch.float32,
         pin_memory: bool = False,
@@ -199,7 +199,7 @@ class Reservoir:
         self.r = torch.zeros(slots, dtype=torch.long)  # finished: a slot's first visit draws its noise
         self.row = torch.zeros(slots, dtype=torch.long)
         self.offset = torch.zeros(slots)
-        self.cond = dict(cond or {})
+        self.cond = cond if hasattr(cond, "batch") else dict(cond or {})
 
     def __len__(self) -> int:
         return len(self.r)
@@ -232,6 +232,8 @@ class Reservoir:
 
     def conditions(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
         """The conditions of the slots `index`."""
+        if hasattr(self.cond, "batch"):
+            return self.cond.batch(self.row[index].tolist())["cond"]
         return {k: v[self.row[index]] for k, v in self.cond.items()}
 
     def write(self, index: torch.Tensor, x: torch.Tensor) -> None:
@@ -243,6 +245,8 @@ class Reservoir:
         self.r[index] = torch.where(sound, self.r[index] - 1, 0)
 
     def _rows(self) -> int:
+        if hasattr(self.cond, "batch"):
+            return len(self.cond)
         return len(next(iter(self.cond.values()))) if self.cond else 1
 
     def save(self, path: Path) -> None:
@@ -297,9 +301,10 @@ class DKDM(Distiller):
         stochastic (`bool`, *optional*): see `Chain`.
         learned_variance (`bool`, *optional*): both networks have variance channels; by default if the teacher has
             twice as many channels out as in.
-        cond (`dict` of tensors, *optional*): rows of conditions; by default all labels of a `Teacher`, and for one
-            tenth of the trajectories its null label, so that the student can be guided. A student of a guided teacher
-            has the guidance in it, and no null label to be guided with again.
+        cond (`dict` of tensors or `Samples`, *optional*): rows of conditions, of which every trajectory has one
+            (`PromptEmbeddings` of many prompts); by default all labels of a `Teacher`, and for one tenth of the
+            trajectories its null label, so that the student can be guided. A student of a guided teacher has the
+            guidance in it, and no null label to be guided with again.
         dtype, pin_memory: of the reservoir.
         sample_shape (`tuple`, *optional*): `(C, H, W)`, for networks without a diffusers config.
     """
@@ -322,7 +327,7 @@ class DKDM(Distiller):
         clip: bool | None = None,
         stochastic: bool | None = None,
         learned_variance: bool | None = None,
-        cond: Cond | None = None,
+        cond: Any = None,
         dtype: torch.dtype = torch.float32,
         pin_memory: bool = False,
         sample_shape: tuple[int, int, int] | None = None,

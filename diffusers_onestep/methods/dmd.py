@@ -53,44 +53,59 @@ def gan_losses(real_logits: torch.Tensor | None, fake_logits: torch.Tensor) -> t
 
 class GANHead(nn.Module):
     """Bottleneck features `(B, C, h, w)` to one logit `(B, 1)`: stride-2 convolutions down to 4 x 4, then one of
-    kernel 4 (Yin et al. 2024 (DMD2), App. F.1). Features are cast to float32 first."""
+    kernel 4 (Yin et al. 2024 (DMD2), App. F.1). Features are cast to float32 first. Sides that are no power of two end
+    between 4 and 7, with more than one place; their logits are averaged."""
 
-    def __init__(self, channels: int, size: int):
+    def __init__(self, channels: int, size: int | tuple[int, int]):
         super().__init__()
-        if size < 4 or size & (size - 1):
-            raise ValueError(f"`size` of the bottleneck must be a power of two from 4 on, but is {size}.")
+        side = min(size) if isinstance(size, tuple) else size
+        if side < 4:
+            raise ValueError(f"`size` of the bottleneck must be at least 4, but is {size}.")
         # the paper's 32 groups; narrow networks get fewer, since a group of one value would be normalised to nothing
         groups = min(32, max(1, channels // 8))
         layers: list[nn.Module] = []
-        while size > 4:
+        while side >= 8:
             layers += [nn.Conv2d(channels, channels, 4, 2, 1), nn.GroupNorm(groups, channels), nn.SiLU()]
-            size //= 2
+            side //= 2
         layers += [nn.Conv2d(channels, channels, 4), nn.GroupNorm(groups, channels), nn.SiLU()]
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 1))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.layers(features.float()).flatten(1)
+        return self.layers(features.float()).mean((2, 3))
 
 
 class Bottleneck:
-    """The output of a U-Net's middle block, as its last call left it."""
+    """The features of a network's middle, as its last call left them: the output of a U-Net's middle block, or the
+    image tokens after the middle block of a transformer, where they lie in the image.
 
-    def __init__(self, network: nn.Module):
+    Args:
+        network (`nn.Module`): a U-Net with a `mid_block`, or a transformer with `transformer_blocks`.
+        aspect (`float`): height over width of the samples.
+    """
+
+    def __init__(self, network: nn.Module, aspect: float = 1.0):
+        blocks = [*getattr(network, "transformer_blocks", []), *getattr(network, "single_transformer_blocks", [])]
         named = dict(network.named_modules())
         middle = next((m for name, m in named.items() if name.rpartition(".")[2] == "mid_block"), None)
-        if middle is None:
+        if middle is None and not blocks:
             raise ValueError(
-                f"`gan_weight` needs a U-Net with a `mid_block`, but the teacher is {type(network).__name__}."
+                "`gan_weight` needs a U-Net with a `mid_block` or a transformer with `transformer_blocks`, but the "
+                f"teacher is {type(network).__name__}."
             )
+        self.aspect = aspect
         self.features: torch.Tensor | None = None
-        middle.register_forward_hook(self._keep)
+        (middle or blocks[(len(blocks) - 1) // 2]).register_forward_hook(self._keep)
 
     def _keep(self, module, inputs, output):
-        self.features = output
+        # blocks of two streams return text and image, in this order
+        self.features = output if isinstance(output, torch.Tensor) else output[-1]
 
     def take(self) -> torch.Tensor:
-        """The features, which are then let go."""
+        """The features `(B, C, h, w)`, which are then let go."""
         features, self.features = self.features, None
+        if features.ndim == 3:
+            height = round((features.shape[1] * self.aspect) ** 0.5)
+            features = features.transpose(1, 2).unflatten(2, (height, -1))
         return features
 
 
@@ -109,6 +124,8 @@ class DMD(ScoreDistiller):
             compared. By default the papers' draws: 2 % to 98 % of the grid for EDM and flow; for VP `(0.138, 13.04)`,
             which is t = 20 to 980 of Stable Diffusion. DDPM's linear betas reach 130 at t = 980, where the error of
             epsilon drowns the difference of the scores.
+        matching_weight (`float`, *optional*, defaults to 1.0): of distribution matching; 0.0 leaves the regression
+            alone, without fake-score updates: DMD2's warm-up of a one-step SDXL student (Yin et al. 2024, App. F.4).
         regression_weight (`float`, *optional*, defaults to 0.0): of the regression on pairs (`"noise"`, `"target"`);
             0.25 in the paper's conditional runs.
         regression_loss (`str` or callable, *optional*, defaults to `"lpips"`): see `image_distance`.
@@ -131,6 +148,7 @@ class DMD(ScoreDistiller):
         *,
         start_ratio: float | None = None,
         level_ratios: tuple[float, float] | list[float] | None = None,
+        matching_weight: float = 1.0,
         regression_weight: float = 0.0,
         regression_loss: str | Callable = "lpips",
         gan_weight: float = 0.0,
@@ -154,7 +172,10 @@ class DMD(ScoreDistiller):
             raise ValueError(f"`level_ratios` must be two rising positive numbers, but are {level_ratios}.")
         if level_ratios is None and isinstance(self.teacher.schedule, VPSchedule):
             level_ratios = SD_RATIOS
+        if not matching_weight and not regression_weight:
+            raise ValueError("`matching_weight` and `regression_weight` must not both be 0.")
         self.level_ratios = level_ratios
+        self.matching_weight = matching_weight
         self.regression_weight, self.gan_weight = regression_weight, gan_weight
         self.gan_critic_weight = gan_critic_weight
         self._distance = None
@@ -163,7 +184,7 @@ class DMD(ScoreDistiller):
             self._distance = image_distance(regression_loss, "regression_loss") if named else regression_loss
         self.head = None
         if gan_weight:
-            self._bottleneck = Bottleneck(self.fake_score.network)
+            self._bottleneck = Bottleneck(self.fake_score.network, self.sample_shape[1] / self.sample_shape[2])
             self.head = GANHead(*self._bottleneck_shape())
 
     @property
@@ -173,8 +194,15 @@ class DMD(ScoreDistiller):
             return parts
         return parts | {"fake_score": nn.ModuleList([parts["fake_score"], self.head])}
 
+    def updates(self, batch, generator=None):
+        if self.matching_weight:
+            yield from super().updates(batch, generator)
+        else:
+            self.learn("student")
+            yield "student", self.regression_weight * self.regression_loss(batch)
+
     def student_loss(self, x0, batch, generator=None):
-        loss = distribution_matching_loss(x0, *self.scores(x0, batch, generator))
+        loss = self.matching_weight * distribution_matching_loss(x0, *self.scores(x0, batch, generator))
         if self.regression_weight:
             loss = loss + self.regression_weight * self.regression_loss(batch)
         if self.head is not None:
@@ -222,13 +250,14 @@ class DMD(ScoreDistiller):
     def reduce(error):
         return error.mean()
 
-    def _bottleneck_shape(self) -> tuple[int, int]:
+    def _bottleneck_shape(self) -> tuple[int, tuple[int, int]]:
         network = self.fake_score.network
         device = next(network.parameters()).device
         x_t = torch.zeros(1, *self.sample_shape, device=device)
-        labelled = getattr(network.config, "num_class_embeds", None) is not None
-        cond = {"class_labels": torch.zeros(1, dtype=torch.long, device=device)} if labelled else {}
+        cond = {k: v.to(device) for k, v in self.negative_cond.items()}
+        if not cond and getattr(network.config, "num_class_embeds", None) is not None:
+            cond = {"class_labels": torch.zeros(1, dtype=torch.long, device=device)}
         with torch.no_grad():
             self.fake_score(x_t, self._full(self.student_timesteps[0], x_t), cond)
         features = self._bottleneck.take()
-        return features.shape[1], features.shape[2]
+        return features.shape[1], tuple(features.shape[2:])

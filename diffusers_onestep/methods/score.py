@@ -31,7 +31,7 @@ class ScoreDistiller(OneStepDistiller):
     """A student trained on the difference between the teacher's score and that of its own samples.
 
     Args:
-        teacher (`Teacher`, `Denoiser` or `GuidedDenoiser`): stays frozen; guidance enters here and nowhere else.
+        teacher (`Teacher`, `Denoiser` or `GuidedDenoiser`): stays frozen; its guidance enters here.
         start_ratio (`float`, *optional*): `sigma / alpha` of the level that the student starts from, mapped through
             the teacher's schedule; the noisiest timestep if None.
         student_timesteps (`list` of timesteps, *optional*): overrides `start_ratio`; several make a few-step student.
@@ -46,6 +46,7 @@ class ScoreDistiller(OneStepDistiller):
     signal_free: bool  # does the student start at sigma * noise, rather than at unit variance?
     student_first: bool  # does the student move before the fake score, which then reuses its samples?
     dropout: bool  # are networks that learn in train mode?
+    fake_guidance: tuple[float, float] = (1.0, 1.0)  # of the fake score: where it learns, where it is compared
 
     def __init__(
         self,
@@ -65,6 +66,10 @@ class ScoreDistiller(OneStepDistiller):
         self.teacher: Denoiser | GuidedDenoiser = teacher if bare else teacher.denoiser
         self.teacher.requires_grad_(False).eval()
         self.origin = teacher
+        # of one sample; what guidance of the fake score would need
+        self.negative_cond: Cond = teacher.negative_cond if isinstance(teacher, GuidedDenoiser) else {}
+        if not bare:
+            self.negative_cond = teacher.null_condition(1)
         self.student = copy_denoiser(self.teacher, lora)
         if student is not None:
             if lora is not None:
@@ -110,10 +115,11 @@ class ScoreDistiller(OneStepDistiller):
             del loss
         for _ in range(self.fake_score_updates):
             self.learn("fake_score")
+            learned = self.fake_score_batch(batch, generator)
             if reusable is None:
                 with torch.no_grad():
-                    reusable = self.generate(batch, generator)
-            loss = self.fake_score_loss(reusable, batch, generator)
+                    reusable = self.generate(learned, generator)
+            loss = self.fake_score_loss(reusable, learned, generator)
             yield "fake_score", loss
             del loss
             reusable = None
@@ -169,7 +175,18 @@ class ScoreDistiller(OneStepDistiller):
         it."""
         t = self.fake_score_level(x0.shape[0], generator, x0.device)
         x_t = self.fake_score.add_noise(x0, normal(x0.shape, generator, x0.device), t)
-        return self.reduce(self.fake_score_weight(t) * (self.fake_score(x_t, t, batch.get("cond")) - x0) ** 2)
+        fake_x0 = self.guided_fake_score(self.fake_guidance[0])(x_t, t, batch.get("cond"))
+        return self.reduce(self.fake_score_weight(t) * (fake_x0 - x0) ** 2)
+
+    def fake_score_batch(self, batch: Batch, generator: Generators = None) -> Batch:
+        """The batch that the fake score learns from, in which a method may drop conditions."""
+        return batch
+
+    def guided_fake_score(self, guidance_scale: float) -> Denoiser | GuidedDenoiser:
+        """The fake score with classifier-free guidance; itself at 1.0."""
+        if guidance_scale == 1.0:
+            return self.fake_score
+        return GuidedDenoiser(self.fake_score, guidance_scale, self.negative_cond)
 
     def scores(self, x0: torch.Tensor, batch: Batch, generator: Generators = None):
         """`teacher_x0` and `fake_x0`, both at one noised version of `x0`, with a graph if the method needs one."""
@@ -177,7 +194,7 @@ class ScoreDistiller(OneStepDistiller):
         with torch.set_grad_enabled(self.through_scores and torch.is_grad_enabled()):
             x_t = self.student.add_noise(x0, normal(x0.shape, generator, x0.device), t)
             teacher_x0 = self.teacher(x_t, t, batch.get("cond"))
-            fake_x0 = self.fake_score(x_t, t, batch.get("cond"))
+            fake_x0 = self.guided_fake_score(self.fake_guidance[1])(x_t, t, batch.get("cond"))
         self.diagnose(x0, teacher_x0, fake_x0)
         return teacher_x0, fake_x0
 

@@ -1,7 +1,8 @@
-"""SiD: score identity distillation (Zhou et al., ICML 2024, arXiv:2404.04057), for any schedule and prediction
-type."""
+"""SiD: score identity distillation (Zhou et al., ICML 2024, arXiv:2404.04057), for any schedule and prediction type;
+with the long and short guidance of SiD-LSG (Zhou et al., ICLR 2025, arXiv:2406.01561)."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from peft import LoraConfig
 from torch.utils.checkpoint import checkpoint
 
 from ..augmentation import AUGMENT_DIM, augment
-from ..denoiser import Denoiser
+from ..denoiser import Denoiser, GuidedDenoiser
 from ..models import set_dropout
 from ..schedules import EDMSchedule, FlowSchedule, VPSchedule, karras_sigma
 from .base import Paper, edm_training_level, normal, uniform
@@ -53,13 +54,18 @@ class SiD(ScoreDistiller):
     Args:
         teacher (`Teacher`, `Denoiser` or `GuidedDenoiser`): what to distil.
         alpha (`float`, *optional*, defaults to 1.2): of the loss.
-        start_ratio (`float`, *optional*, defaults to 2.5): `sigma / alpha` that the student starts from, at `sigma *
-            noise`.
+        start_ratio (`float`, *optional*): `sigma / alpha` that the student starts from, at `sigma * noise`: by default
+            2.5, and for flow teachers pure noise (SiD-DiT).
         noise_levels (`str`, *optional*): `"karras"` (both draws of the EDM runs, as ratios `sigma / alpha`),
             `"uniform"` (the Stable Diffusion runs: uniform timesteps between the ratios of its t = 20 and t = 979) or
             `"logit_normal"` (the flow runs). Defaults to that of the paper for the teacher's schedule.
         loss_scale (`float`, *optional*, defaults to 100.0): factor on the student's loss; matters for Adam's epsilon
             and fp16.
+        kappas (`float` or four of them, *optional*): guidance scales of SiD-LSG (Zhou et al. 2025): of the fake score
+            where it learns (1), of the fake score (2 and 3, which must be equal) and of the teacher (4) in the
+            student's loss. One number stands for all four, the published long and short guidance; `(1, 1, 1, kappa)`
+            is plain guidance of the teacher, as a `GuidedDenoiser` has it. Where the fake score is guided, it learns
+            a tenth of the samples without their condition.
         sequential (`bool`, *optional*, defaults to `False`): backpropagate through one score network at a time: peak
             activations of one network instead of three, for three more forwards.
         augment_probability (`float`, *optional*, defaults to 0.0): of each geometric change of the images that the
@@ -83,9 +89,10 @@ class SiD(ScoreDistiller):
         teacher: Any,
         *,
         alpha: float = 1.2,
-        start_ratio: float | None = 2.5,
+        start_ratio: float | None = None,
         noise_levels: str | None = None,
         loss_scale: float = 100.0,
+        kappas: float | Sequence[float] | None = None,
         sequential: bool = False,
         augment_probability: float = 0.0,
         network_dropout: float | None = None,
@@ -95,6 +102,9 @@ class SiD(ScoreDistiller):
         sample_shape: tuple[int, int, int] | None = None,
         lora: LoraConfig | None = None,
     ):
+        schedule = (teacher if isinstance(teacher, torch.nn.Module) else teacher.denoiser).schedule
+        if start_ratio is None and not isinstance(schedule, FlowSchedule):
+            start_ratio = 2.5
         super().__init__(
             teacher,
             start_ratio=start_ratio,
@@ -119,6 +129,36 @@ class SiD(ScoreDistiller):
         if network_dropout is not None:
             for network in (self.student.network, self.fake_score.network):
                 set_dropout(network, network_dropout)
+        if kappas is not None:
+            self._guide(kappas)
+
+    def _guide(self, kappas: float | Sequence[float]) -> None:
+        four = [float(kappas)] * 4 if isinstance(kappas, (int, float)) else [float(k) for k in kappas]
+        four = four * 4 if len(four) == 1 else four
+        if len(four) != 4 or four[1] != four[2]:
+            raise ValueError(f"`kappas` must be one number or four with equal middle ones, but are {kappas}.")
+        if isinstance(self.teacher, GuidedDenoiser):
+            if self.teacher.guidance_scale != 1.0:
+                raise ValueError(
+                    "`kappas` must be None for a teacher with a guidance scale of its own "
+                    f"({self.teacher.guidance_scale}), but are {kappas}."
+                )
+            self.teacher = self.teacher.denoiser
+        self.fake_guidance = (four[0], four[1])
+        if four != [1.0] * 4:
+            self.teacher = GuidedDenoiser(self.teacher, four[3], self.negative_cond)
+
+    def fake_score_batch(self, batch, generator=None):
+        if self.fake_guidance == (1.0, 1.0):
+            return batch
+        cond = batch["cond"]
+        sample = next(iter(cond.values()))
+        dropped = uniform(batch["batch_size"], generator, sample.device) < 0.1
+        kept = {}
+        for name, given in cond.items():
+            mask = dropped.reshape(-1, *[1] * (given.ndim - 1))
+            kept[name] = torch.where(mask, self.negative_cond[name].to(given), given)
+        return batch | {"cond": kept}
 
     def student_loss(self, x0, batch, generator=None):
         if self.sequential:
@@ -148,13 +188,14 @@ class SiD(ScoreDistiller):
         noise = normal(x0.shape, generator, x0.device)
         with torch.no_grad():
             x_t = self.student.add_noise(leaf, noise, t)
-            predictions = [network(x_t, t, cond) for network in (self.teacher, self.fake_score)]
+            networks = self.teacher, self.guided_fake_score(self.fake_guidance[1])
+            predictions = [network(x_t, t, cond) for network in networks]
         self.diagnose(x0, *predictions)
         teacher_x0, fake_x0 = (p.requires_grad_(True) for p in predictions)
         with torch.enable_grad():
             loss = sid_loss(leaf, teacher_x0, fake_x0, alpha=self.alpha)
             direct, *cotangents = torch.autograd.grad(loss, (leaf, teacher_x0, fake_x0))
-            for network, cotangent in zip((self.teacher, self.fake_score), cotangents, strict=True):
+            for network, cotangent in zip(networks, cotangents, strict=True):
                 x0_pred = network(self.student.add_noise(leaf, noise, t), t, cond)
                 direct = direct + torch.autograd.grad(x0_pred, leaf, cotangent)[0]
         # the value of the loss, with the gradient that was just found

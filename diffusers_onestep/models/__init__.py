@@ -67,7 +67,12 @@ def shrunk(network: nn.Module, factor: float) -> ModelMixin:
     elif "model_channels" in config:  # of the EDM family, whose groups are a quarter of the channels at most
         config["model_channels"] = max(1, round(factor * config["model_channels"] / 4)) * 4
     elif "num_attention_heads" in config:
-        config["num_attention_heads"] = max(1, round(factor * config["num_attention_heads"]))
+        heads = config["num_attention_heads"]
+        config["num_attention_heads"] = max(1, round(factor * heads))
+        # what has to be as wide as the transformer itself: SD3's captions, PixArt's and SANA's cross attention
+        for key in ("caption_projection_dim", "cross_attention_dim"):
+            if config.get(key) == heads * config["attention_head_dim"]:
+                config[key] = config["num_attention_heads"] * config["attention_head_dim"]
     else:
         raise ValueError(
             "`shrink` needs a network with `block_out_channels` or `num_attention_heads`, but "

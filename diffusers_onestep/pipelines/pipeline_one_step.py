@@ -15,7 +15,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..conditions import Labels, label_embeddings, label_ids, named_labels
-from ..repository import resolve_model
+from ..repository import load_index, resolve_model, safetensors_only
 from ..schedulers import OneStepScheduler
 
 PIXEL_PIPELINES = ("OneStepPipeline", "ConsistencyModelPipeline", "DDPMPipeline", "DDIMPipeline")
@@ -62,21 +62,34 @@ class OneStepPipeline(DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path (`str`): A Hub id, a folder, or the name of a shipped student.
-            kwargs: As in [`DiffusionPipeline.from_pretrained`].
+            kwargs: As in [`DiffusionPipeline.from_pretrained`] (`revision`, `token`, `local_files_only`, ...). Weights
+                must be safetensors, and code in a repository does not run unless `trust_remote_code=True`.
 
         Raises:
-            ValueError: if the repository names a pipeline that is no student of a kind this class samples.
+            ValueError: if the repository names a pipeline that is no student of a kind this class samples, or does
+                not exist, or may not be read.
+            ConnectionError: if it is not in the cache and the Hub cannot be reached.
+            OSError: if it has no safetensors weights.
         """
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("`use_safetensors` must be True, but is False: other weights are pickles.")
+        kwargs["use_safetensors"] = True
         path = resolve_model(pretrained_model_name_or_path)
         if "dduf_file" not in kwargs:  # an archive has no index outside
-            hub = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
-            name = cls.load_config(path, **{k: kwargs[k] for k in hub if k in kwargs}).get("_class_name")
+            hub = ("cache_dir", "force_download", "token", "local_files_only", "revision")
+            name = load_index(path, **{k: kwargs[k] for k in hub if k in kwargs}).get("_class_name")
             if name not in PIXEL_PIPELINES:
-                raise ValueError(
-                    f"`pretrained_model_name_or_path` must name a pipeline of {PIXEL_PIPELINES}, "
-                    f"but {path!r} names {name!r}."
-                )
-        return super().from_pretrained(path, **kwargs)
+                from .pipeline_text_to_image import TEXT_TO_IMAGE_PIPELINES
+
+                if name not in TEXT_TO_IMAGE_PIPELINES:
+                    raise ValueError(
+                        "`pretrained_model_name_or_path` must name a pipeline of "
+                        f"{(*PIXEL_PIPELINES, *TEXT_TO_IMAGE_PIPELINES)}, but {path!r} names {name!r}."
+                    )
+                with safetensors_only(path):
+                    return TEXT_TO_IMAGE_PIPELINES[name].from_pretrained(path, **kwargs)
+        with safetensors_only(path):
+            return super().from_pretrained(path, **kwargs)
 
     def to_json_string(self) -> str:
         # the stock pipeline samples the same student, so that is what the index names; but not transformers

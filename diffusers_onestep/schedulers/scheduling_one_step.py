@@ -111,9 +111,16 @@ class OneStepScheduler(SchedulerMixin, ConfigMixin):
                 )
         self.init_noise_sigma = init_noise_sigma
         self.num_inference_steps: int | None = None
+        self.generator = None  # of the noise between steps, where the pipeline hands none to `step`
         self.set_timesteps(len(student_timesteps) if student_timesteps else 1)
 
-    def set_timesteps(self, num_inference_steps: int | None = None, device: str | torch.device | None = None):
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+    ):
         """
         Set the timesteps of a run.
 
@@ -121,12 +128,13 @@ class OneStepScheduler(SchedulerMixin, ConfigMixin):
             num_inference_steps (`int`, *optional*): How many, at least 1; a trained student allows its own number
                 alone, and that is the default.
             device (`str` or `torch.device`, *optional*): Where to put them.
+            sigmas, mu: What stock flow pipelines compute for their own grid; only the number of sigmas counts here.
 
         Raises:
             ValueError: on another number of steps than the student was trained for, or than there are timesteps.
         """
         trained = self.config.student_timesteps
-        count = num_inference_steps
+        count = num_inference_steps if sigmas is None else len(sigmas)
         if count is None:
             count = len(trained) if trained else 1
         if trained and count != len(trained):
@@ -144,6 +152,9 @@ class OneStepScheduler(SchedulerMixin, ConfigMixin):
             timesteps = self.schedule.grid(torch.from_numpy(index))
         self.num_inference_steps = count
         self.timesteps = timesteps.to(device)
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """For pipelines that say where they start; every step finds its place by its timestep."""
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
         """What the network sees of `sample`: scaled for EDM teachers, unchanged for all others."""
@@ -183,6 +194,7 @@ class OneStepScheduler(SchedulerMixin, ConfigMixin):
         prev_sample = x0
         position = (self.timesteps.to(t.device) - t[0]).abs().argmin().item()
         if position + 1 < len(self.timesteps):
+            generator = self.generator if generator is None else generator
             noise = randn_tensor(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
             prev_sample = self.add_noise(x0, noise, self._as_batch(self.timesteps[position + 1], sample))
         prev_sample, x0 = prev_sample.to(sample.dtype), x0.to(sample.dtype)
@@ -264,6 +276,7 @@ def _as_lcm(
         prediction_type=prediction_type,
         original_inference_steps=len(student_timesteps),
         clip_sample=False,
+        steps_offset=1,  # not used by LCM; Stable Diffusion's pipeline warns of any other
     )
     scheduler.set_timesteps(len(student_timesteps))
     return scheduler if scheduler.timesteps.tolist() == list(student_timesteps) else None

@@ -1,0 +1,169 @@
+"""The kinds of text-to-image pipelines: how each encodes prompts and images, and what else its network is told.
+
+A family's `embed` gives what depends on the prompt alone, and can be kept on disk; `extra` what depends on the size of
+the image. Both together are the `cond` of the network.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+Cond = dict[str, torch.Tensor]
+
+
+class Family:
+    """What stock pipelines of one kind have in common, Stable Diffusion 1.x and 2.x by default.
+
+    Attributes:
+        stock (`str`): their class in diffusers.
+        network (`str`): the component that is distilled.
+    """
+
+    stock = "StableDiffusionPipeline"
+    network = "unet"
+    patch = 1  # latents on a side of what the network takes as one
+
+    @property
+    def student(self) -> str:
+        """The pipeline class of its students."""
+        return f"OneStep{self.stock}"
+
+    def embed(self, pipeline: DiffusionPipeline, prompts: list[str]) -> Cond:
+        """What the text encoders make of prompts, one row each."""
+        embeddings, _ = pipeline.encode_prompt(prompts, self.device(pipeline), 1, False)
+        return {"encoder_hidden_states": embeddings}
+
+    def null(self, pipeline: DiffusionPipeline) -> Cond:
+        """The same of no prompt, as the stock pipeline's guidance has it by default; one row."""
+        return self.embed(pipeline, [""])
+
+    def extra(self, teacher: Any, batch_size: int) -> Cond:
+        """What the network is told besides the prompt."""
+        return {}
+
+    def device(self, pipeline: DiffusionPipeline) -> torch.device:
+        """Where the text encoders are."""
+        return pipeline.text_encoder.device
+
+    def latent_channels(self, network: Any) -> int:
+        """Channels of model space."""
+        return network.config.in_channels
+
+    def default_size(self, pipeline: DiffusionPipeline) -> tuple[int, int]:
+        """Height and width in pixels, where none are asked for."""
+        size = getattr(pipeline, self.network).config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor
+
+
+class StableDiffusionXL(Family):
+    stock = "StableDiffusionXLPipeline"
+
+    def embed(self, pipeline, prompts):
+        embeddings, _, pooled, _ = pipeline.encode_prompt(
+            prompts, device=self.device(pipeline), do_classifier_free_guidance=False
+        )
+        return {"encoder_hidden_states": embeddings, "text_embeds": pooled}
+
+    def null(self, pipeline):
+        # zeros if the pipeline says `force_zeros_for_empty_prompt`, which is what its guidance was trained on
+        _, embeddings, _, pooled = pipeline.encode_prompt([""], device=self.device(pipeline))
+        return {"encoder_hidden_states": embeddings, "text_embeds": pooled}
+
+    def extra(self, teacher, batch_size):
+        # original size, crop and target size: an uncropped image of the size that is trained
+        size = teacher.resolution
+        return {"time_ids": torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32).repeat(batch_size, 1)}
+
+    def device(self, pipeline):
+        return pipeline.text_encoder_2.device
+
+
+class StableDiffusion3(Family):
+    stock = "StableDiffusion3Pipeline"
+    network = "transformer"
+
+    def embed(self, pipeline, prompts):
+        embeddings, _, pooled, _ = pipeline.encode_prompt(
+            prompts, None, None, device=self.device(pipeline), do_classifier_free_guidance=False
+        )
+        return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
+
+
+class Flux(Family):
+    """FLUX.1; `extra` feeds the guidance embedding of its guidance-distilled networks."""
+
+    stock = "FluxPipeline"
+    network = "transformer"
+    patch = 2
+
+    def embed(self, pipeline, prompts):
+        embeddings, pooled, _ = pipeline.encode_prompt(prompts, None, device=self.device(pipeline))
+        return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
+
+    def extra(self, teacher, batch_size):
+        if not teacher.denoiser.network.config.guidance_embeds:
+            return {}
+        return {"guidance": torch.full((batch_size,), teacher.embedded_guidance)}
+
+    def latent_channels(self, network):
+        return network.config.in_channels // 4
+
+    def default_size(self, pipeline):
+        size = pipeline.default_sample_size * pipeline.vae_scale_factor
+        return size, size
+
+
+class PixArt(Family):
+    stock = "PixArtAlphaPipeline"
+    network = "transformer"
+
+    def embed(self, pipeline, prompts):
+        embeddings, mask, _, _ = pipeline.encode_prompt(
+            prompts, do_classifier_free_guidance=False, device=self.device(pipeline), **self.settings(pipeline)
+        )
+        return {"encoder_hidden_states": embeddings, "encoder_attention_mask": mask}
+
+    def null(self, pipeline):
+        _, _, embeddings, mask = pipeline.encode_prompt([""], device=self.device(pipeline), **self.settings(pipeline))
+        return {"encoder_hidden_states": embeddings, "encoder_attention_mask": mask}
+
+    def settings(self, pipeline) -> dict[str, Any]:
+        """Arguments of `encode_prompt` besides the prompt."""
+        return {}
+
+    def extra(self, teacher, batch_size):
+        if not teacher.denoiser.network.use_additional_conditions:
+            return {}
+        height, width = teacher.resolution
+        return {
+            "resolution": torch.tensor([[height, width]], dtype=torch.float32).repeat(batch_size, 1),
+            "aspect_ratio": torch.tensor([[height / width]]).repeat(batch_size, 1),
+        }
+
+
+class PixArtSigma(PixArt):
+    stock = "PixArtSigmaPipeline"
+
+
+class Sana(PixArt):
+    stock = "SanaPipeline"
+
+    def settings(self, pipeline):
+        # the instruction that the stock call puts before every prompt, but for the negative one
+        name = "complex_human_instruction"
+        return {name: inspect.signature(pipeline.__call__).parameters[name].default}
+
+    def extra(self, teacher, batch_size):
+        return {}
+
+
+FAMILIES = (Family(), StableDiffusionXL(), StableDiffusion3(), Flux(), PixArt(), PixArtSigma(), Sana())
+
+
+def family_of(pipeline: DiffusionPipeline) -> Family | None:
+    """The family that a pipeline is of, or whose student it is; None if it takes no prompts."""
+    names = {cls.__name__ for cls in type(pipeline).__mro__}
+    return next((family for family in FAMILIES if family.stock in names), None)

@@ -1,0 +1,392 @@
+"""Model cards and pushes: from a folder that a script wrote to a repository that somebody else can use and trust."""
+
+import glob
+import hashlib
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from accelerate import PartialState
+from diffusers.utils import logging
+from huggingface_hub import CommitInfo, EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from .evaluation import markdown_table
+from .records import RUN_RECORD, without_secrets
+from .repository import ASSETS, read_json, resolve_model, write_text
+
+logger = logging.get_logger(__name__)
+
+TEMPLATE = ASSETS / "template.md"
+_ENDING = re.compile(r"<!-- made by diffusers_onestep: ([0-9a-f]{16})[^>]*-->\s*$")
+_NO_SAFETENSORS = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5", ".onnx"}
+_RESTRICTIONS = {
+    "openrail": "Its use-based restrictions (Attachment A of the licence) hold for this model and for all that its "
+    "users make of it, and must be passed on with it.",
+    "-nc": "Commercial use of this model is not allowed.",
+    "-sa": "What is made of this model must be under the same licence.",
+    "-nd": "The licence does not allow derivatives to be shared: ask the teacher's authors before you publish this.",
+}
+
+
+# cards
+
+
+def create_model_card(folder: str | Path, *, repo_id: str | None = None, revision: str | None = None) -> Path:
+    """Write the card of a student (or solver, or teacher) from what its folder holds, as `README.md`.
+
+    It is made of the configs, `training_args.json`, `training_run.json`, `metrics.json`, the pictures, and `notes.md`,
+    which is for your own words. A card that was edited by hand is left as it is.
+
+    Args:
+        folder (`str` or `Path`): what a script of `training/` wrote.
+        repo_id (`str`, *optional*): what the card's code loads; by default the folder.
+        revision (`str`, *optional*): branch that it loads.
+
+    Returns:
+        `Path`: of the card.
+
+    Raises:
+        ValueError: if the folder holds neither a pipeline nor a scheduler.
+
+    Example:
+
+    ```python
+    >>> from diffusers_onestep import create_model_card
+    >>> create_model_card("fashion32-sid")
+    PosixPath('fashion32-sid/README.md')
+    ```
+    """
+    path = Path(folder) / "README.md"
+    if path.is_file() and not _is_ours(path.read_text(encoding="utf-8")):
+        logger.warning(f"{path} was edited by hand and stays as it is; delete it to have it made anew.")
+    else:
+        write_text(path, render_card(folder, repo_id or str(folder), revision))
+    return path
+
+
+def render_card(
+    folder: str | Path, name: str, revision: str | None = None, pictures: dict[str, str] | None = None
+) -> str:
+    """The text of a card.
+
+    Args:
+        folder (`str` or `Path`): what it describes.
+        name (`str`): what its code loads: a Hub id, a folder or a shipped name.
+        revision (`str`, *optional*): branch that it loads.
+        pictures (`dict`, *optional*): path by kind (`"samples"`, `"quality"`, `"health"`, ...); by default the PNG
+            files of the folder.
+    """
+    facts = card_facts(Path(folder), name, revision)
+    if pictures is None:
+        pictures = {file.stem: file.name for file in sorted(Path(folder).glob("*.png"))}
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    text = template.render(metadata=card_metadata(facts).to_yaml(), pictures=pictures, **facts)
+    text = re.sub(r"\n{3,}", "\n\n", without_secrets(text)).rstrip() + "\n\n"
+    ModelCard(text)  # the Hub client parses metadata and model-index; it raises on what it cannot read
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return f"{text}<!-- made by diffusers_onestep: {digest}; put your own words into notes.md -->\n"
+
+
+def _is_ours(text: str) -> bool:
+    ending = _ENDING.search(text)
+    return ending is not None and hashlib.sha256(text[: ending.start()].encode()).hexdigest()[:16] == ending.group(1)
+
+
+class _Row(dict):
+    """A JSON object, such as a row of `Metrics`, whose keys are attributes; None if it lacks one."""
+
+    __getattr__ = dict.get
+
+
+def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str, Any]:
+    """What the template tells, read from the folder's files."""
+    files = ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json")
+    files += ("training_args.json", RUN_RECORD)
+    index, scheduler, network, settings, run = (
+        read_json(folder / file) if (folder / file).is_file() else {} for file in files
+    )
+    measured = folder / "metrics.json"
+    metrics = json.loads(measured.read_text(encoding="utf-8"), object_hook=_Row) if measured.is_file() else _Row()
+    if not scheduler:
+        raise ValueError(f"`folder` must hold a model or a scheduler, but {str(folder)!r} has no scheduler/.")
+    tables = {int(steps): table for steps, table in sorted((scheduler.get("dode_tables") or {}).items(), key=_steps)}
+    steps = scheduler.get("student_timesteps") or [None] * (
+        scheduler["original_inference_steps"] if scheduler["_class_name"] == "LCMScheduler" else 0
+    )
+    kind = "solver" if tables else "student" if steps else "model"
+    parts = {part: entry for part, entry in index.items() if isinstance(entry, list) and entry[0]}
+    names = index.get("id2label") or network.get("id2label") or run.get("id2label") or {}
+    count = len(names) or network.get("num_class_embeds") or run.get("num_labels")
+    rows = metrics.results or []
+    notes, notice = folder / "notes.md", folder / "NOTICE"
+    own = [row for row in rows if row.model == _own_name(rows, kind)]
+    teacher = run.get("teacher")
+    return {
+        "source": _arguments(name, revision),
+        "stock_source": _arguments(name, revision, stock=True),
+        "title": name if "/" not in name or not Path(name).is_dir() else Path(name).name,
+        "shipped": _is_shipped(name),
+        "kind": kind,
+        "nfe": len(steps) or None,
+        "tables": tables,
+        "scheduler_class": scheduler["_class_name"],
+        "whole": bool(parts),
+        "stock": index.get("_class_name") != "OneStepPipeline"
+        and {entry[0] for entry in parts.values()} <= {"diffusers", "transformers"},
+        "labels": json.dumps([next(iter(names.values()), 0)]) if count else None,
+        "prompts": "text_encoder" in index or bool(settings.get("prompts")),
+        "guidance_scale": settings.get("guidance_scale", 1.0),
+        "teacher": teacher,
+        "teacher_source": teacher and _arguments(teacher, run.get("revision"), stock=True),
+        "teacher_shipped": teacher is not None and _is_shipped(teacher),
+        "run": run,
+        "paper": run.get("paper"),
+        "bibtex": _bibtex(run["paper"]) if run.get("paper") else None,
+        "license": {"license": "unknown"} | run.get("license", {}),
+        "notice": notice.read_text(encoding="utf-8") if notice.is_file() else run.get("license", {}).get("notice"),
+        "restrictions": [
+            sentence for part, sentence in _RESTRICTIONS.items() if part in str(run.get("license", {}).get("license"))
+        ],
+        "settings": settings,
+        "settings_yaml": yaml.safe_dump({k: v for k, v in settings.items() if v is not None}, sort_keys=False).strip(),
+        "metrics": metrics,
+        "rows": rows,
+        "own_rows": own,
+        "metrics_table": markdown_table(rows) if rows else None,
+        "not_measured": _not_measured(rows, own, kind, teacher),
+        "notes": notes.read_text(encoding="utf-8").strip() if notes.is_file() else None,
+    }
+
+
+def _steps(item: tuple[str, Any]) -> int:
+    return int(item[0])
+
+
+def _arguments(name: str, revision: str | None, stock: bool = False) -> str:
+    """How code names a model to `from_pretrained`, ours or (which does not know the shipped ones) a stock one."""
+    source = json.dumps(name)
+    if stock and _is_shipped(name):
+        source = f"shipped_model({source})"
+    return source if revision is None else f"{source}, revision={json.dumps(revision)}"
+
+
+def _is_shipped(name: str) -> bool:
+    return Path(resolve_model(name)).is_relative_to(ASSETS)
+
+
+def _own_name(rows: list[_Row], kind: str) -> str | None:
+    """The name of the card's model in its metrics: the first that is not the teacher, which stands beside it; a model
+    of as many steps as a teacher may have been measured as one."""
+    names = [row.model for row in rows if row.model != "teacher"]
+    return names[0] if names else "teacher" if kind == "model" else None
+
+
+def _not_measured(rows: list[_Row], own: list[_Row], kind: str, teacher: str | None) -> list[str]:
+    """What a reader might look for in vain."""
+    measured = " ".join(name for row in own for name in row.scores or [row.metric]).casefold()
+    missing = [] if own else ["any distance between its images and real ones, and its speed"]
+    if own and "fid" not in measured.split():
+        missing.append("FID (with Inception-v3 features)")
+    missing += [what for what in ("precision", "recall") if own and what not in measured]
+    if own and teacher and kind != "model" and not any(row.model == "teacher" for row in rows):
+        missing.append("the teacher in the same run")
+    return [*missing, "people's preference", "copies of training images", "biases that it has from its teacher's data"]
+
+
+def _bibtex(paper: dict[str, str]) -> str:
+    authors, venue = paper["citation"].rsplit(", ", 1)
+    key = re.sub(r"\W", "", authors.split(", ")[0]).lower() + venue[-4:]
+    return (
+        f"@misc{{{key},\n  title = {{{paper['title']}}},\n  author = {{{authors.replace(', ', ' and ')}}},\n"
+        f"  year = {{{venue[-4:]}}},\n  note = {{{venue}}},\n  eprint = {{{paper['arxiv_id']}}},\n"
+        "  archivePrefix = {arXiv}\n}"
+    )
+
+
+def card_metadata(facts: dict[str, Any]) -> ModelCardData:
+    """The card's YAML block: what the Hub shows, filters and links by."""
+    run, kind = facts["run"], facts["kind"]
+    task = "text-to-image" if facts["prompts"] else "unconditional-image-generation"
+    method = run.get("method")
+    tags = ["diffusers-onestep", "distillation" if facts["teacher"] else None, method and method.lower()]
+    if facts["nfe"] == 1:
+        tags.append("one-step")
+    dataset = facts["settings"].get("dataset")
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type="fashion_mnist" if name.endswith("-fashion") else "custom",
+            dataset_name=row.reference or ("Fashion-MNIST (test)" if name.endswith("-fashion") else "see the card"),
+            metric_type=name.lower(),
+            metric_name=f"{name}, NFE {row.nfe}",
+            metric_value=round(score.value, 4),
+            metric_args={"nfe": row.nfe, "num_samples": score.num_samples, "seed": row.seed},
+        )
+        for row in facts["own_rows"]
+        for name, score in (row.scores or {row.metric: row}).items()
+    ]
+    return ModelCardData(
+        **{key: facts["license"].get(key) for key in ("license", "license_name", "license_link")},
+        library_name="diffusers",
+        pipeline_tag=task,
+        base_model=run.get("base_model"),
+        base_model_relation=None if not run.get("base_model") else "adapter" if kind == "solver" else "finetune",
+        datasets=[dataset] if dataset and _is_repo_id(dataset) else None,
+        tags=[tag for tag in tags if tag],
+        model_name=facts["title"] if results else None,
+        eval_results=results or None,
+    )
+
+
+def _is_repo_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists() and not name.endswith(".npz")
+
+
+# pushes
+
+
+def student_files(folder: Path) -> list[str]:
+    """What a push uploads, as paths in the repository: the model or scheduler (and adapters beside it), the card,
+    metrics, pictures, and the texts of licences and attributions.
+
+    Raises:
+        ValueError: if a part of the model is missing, or its weights are no safetensors.
+    """
+    index = folder / "model_index.json"
+    parts = ["scheduler"]
+    if index.is_file():
+        parts = [part for part, entry in read_json(index).items() if isinstance(entry, list) and entry[0]]
+    files = [file for file in (index, folder / "README.md", folder / "metrics.json") if file.is_file()]
+    files += [file for kind in ("*.png", "*.safetensors", "LICENSE*", "NOTICE*") for file in sorted(folder.glob(kind))]
+    for part in parts:
+        own = [file for file in sorted((folder / part).rglob("*")) if file.is_file() and not file.name.startswith(".")]
+        if not own:
+            raise ValueError(f"`folder` must hold a whole model or a scheduler, but {str(folder)!r} lacks {part!r}.")
+        if unsafe := [file.name for file in own if file.suffix in _NO_SAFETENSORS]:
+            raise ValueError(f"`folder` must hold safetensors weights alone, but {str(folder / part)!r} has {unsafe}.")
+        files += own
+    return [file.relative_to(folder).as_posix() for file in files]
+
+
+def open_repository(repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+    """Make the repository if it is not there.
+
+    Returns:
+        `str`: its whole name, with the user's.
+
+    Raises:
+        ValueError: if it is public already and `private` asks for a private one.
+        ConnectionError: if the Hub refused or could not be reached.
+    """
+    api = HfApi(token=token)
+    try:
+        name = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+        public = private and not api.model_info(name).private
+    except HFValidationError:
+        raise
+    except Exception as error:  # the HTTP library and its errors changed between versions of the Hub client
+        raise ConnectionError(f"The Hub did not open the repository {repo_id!r}{_reason(error)}") from error
+    if public:
+        raise ValueError(f"`private` must be False for {name!r}, which is public: make it private on the Hub first.")
+    return name
+
+
+def push_student(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+) -> str | None:
+    """Push a student to the Hub: one commit of the model, its card, metrics and pictures, and nothing else.
+
+    The folder is only read, but for its card, which is made anew with the name of the repository. Files of the same
+    model parts that are on the Hub and not in the folder are deleted. Of several processes the main one pushes.
+
+    Args:
+        folder (`str` or `Path`): what a script of `training/` wrote.
+        repo_id (`str`): `"user/name"`, or `"name"` for the user who is logged in; made if it is not there.
+        private (`bool`, *optional*): make a new repository private.
+        revision (`str`, *optional*): branch to commit to; made if it is not there. Default: `main`.
+        create_pr (`bool`, *optional*, defaults to `False`): open a pull request instead.
+        token (`str`, *optional*): default: `HF_TOKEN`, or what `hf auth login` stored.
+
+    Returns:
+        `str`: URL of the commit or the pull request; None on other processes than the main one.
+
+    Raises:
+        ValueError: if the folder holds no whole student, or a file with a secret in it; or if the repository should be
+            private and is public.
+        ConnectionError: if the Hub refused or could not be reached; says how to try again.
+
+    Example:
+
+    ```python
+    >>> from diffusers_onestep import push_student
+    >>> push_student("fashion32-sid", "user/fashion32-sid", private=True)
+    'https://huggingface.co/user/fashion32-sid/commit/...'
+    ```
+    """
+    if not PartialState().is_main_process:
+        return None
+    folder, api = Path(folder), HfApi(token=token)
+    student_files(folder)  # before anything is made on the Hub
+    again = ["onestep", "push", str(folder), repo_id]
+    again += ["--private"] * bool(private) + ["--create_pr"] * create_pr
+    again += [] if revision is None else ["--revision", revision]
+    try:
+        name = open_repository(repo_id, private=private, token=token)
+        create_model_card(folder, repo_id=name, revision=None if create_pr else revision)
+        files = student_files(folder)
+        _check_secrets(folder, files)
+        if revision is not None and not create_pr:
+            api.create_branch(name, branch=revision, exist_ok=True)
+        parts = sorted({file.split("/")[0] for file in files if "/" in file})
+        info: CommitInfo = api.upload_folder(
+            repo_id=name,
+            folder_path=folder,
+            allow_patterns=[glob.escape(file) for file in files],
+            delete_patterns=[f"{part}/*" for part in parts],
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=f"{folder.resolve().name}, pushed by diffusers_onestep",
+        )
+    except Exception as error:  # as in open_repository
+        if isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError):
+            raise
+        raise ConnectionError(
+            f"The push to {repo_id!r} did not go through{_reason(error)} Nothing is lost: {str(folder)!r} is whole. "
+            f"Try again with\n\n    {shlex.join(again)}\n"
+        ) from error
+    return info.pr_url if create_pr else info.commit_url
+
+
+def _reason(error: Exception) -> str:
+    """`: the reason.`, and what to do about it where that is known."""
+    chain = [error] if error.__cause__ is None else [error, error.__cause__]
+    advice = {401: " Log in with `hf auth login`.", 403: " Your token must have write access there."}
+    known = [advice.get(getattr(getattr(e, "response", None), "status_code", None), "") for e in chain]
+    lines = [without_secrets(str(e).strip() or type(e).__name__).splitlines()[0].rstrip(".") for e in chain]
+    return f": {': '.join(lines)}.{known[-1]}"
+
+
+def _check_secrets(folder: Path, files: list[str]) -> None:
+    """Refuse to publish a token or password that got into a card, a config or the metrics."""
+    for file in files:
+        if Path(file).suffix in (".json", ".md") and "tokenizer" not in file:
+            text = (folder / file).read_text(encoding="utf-8")
+            if without_secrets(text) != text:
+                raise ValueError(f"`folder` must hold no secrets, but {str(folder / file)!r} has one: take it out.")

@@ -1,0 +1,67 @@
+"""How each kind of network is called with `(x_t, t, cond)`: its own names and layouts for what all of them take."""
+
+import inspect
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+
+
+def network_output(network: nn.Module, sample: torch.Tensor, t: torch.Tensor, cond: dict[str, Any]) -> torch.Tensor:
+    """The output `(B, C, H, W)` of any diffusers network.
+
+    Args:
+        network (`nn.Module`): a diffusers model, compiled or wrapped or not, or `(x_t, t, **cond)`.
+        sample (`torch.Tensor`): `(B, C, H, W)`, in the network's dtype.
+        t (`torch.Tensor`): `(B,)`, in the unit of the teacher's scheduler.
+        cond (`dict` of tensors): flat; what a family nests (SDXL's `text_embeds` and `time_ids`) is nested here.
+    """
+    bare = extract_model_from_parallel(network, keep_torch_compile=False)
+    kind = next((cls.__name__ for cls in type(bare).__mro__ if cls.__name__ in _CALLS), None)
+    output = _CALLS[kind](network, sample, t, dict(cond)) if kind else _plain(network, sample, t, cond)
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def _plain(network, sample, t, cond):
+    if "timestep" in inspect.signature(network.forward).parameters:
+        return network(sample, timestep=t, **cond)
+    return network(sample, t, **cond)
+
+
+def _unet(network, sample, t, cond):
+    added = {k: cond.pop(k) for k in ("text_embeds", "time_ids") if k in cond}
+    return network(sample, t, **cond, added_cond_kwargs=added or None)
+
+
+def _pixart(network, sample, t, cond):
+    added = {k: cond.pop(k, None) for k in ("resolution", "aspect_ratio")}
+    return network(sample, timestep=t, **cond, added_cond_kwargs=added)
+
+
+def _sana(network, sample, t, cond):
+    return network(sample, timestep=t * network.config.timestep_scale, **cond)
+
+
+def _flux(network, sample, t, cond):
+    """2 x 2 latents make a token; `t` is counted to 1; positions of text are all zero."""
+    from diffusers import FluxPipeline
+
+    batch_size, channels, height, width = sample.shape
+    ids = FluxPipeline._prepare_latent_image_ids(batch_size, height // 2, width // 2, sample.device, sample.dtype)
+    output = network(
+        FluxPipeline._pack_latents(sample, batch_size, channels, height, width),
+        timestep=t / 1000,
+        img_ids=ids,
+        txt_ids=ids.new_zeros(cond["encoder_hidden_states"].shape[1], 3),
+        **cond,
+    )
+    return FluxPipeline._unpack_latents(output[0], height, width, 1)
+
+
+_CALLS = {
+    "UNet2DConditionModel": _unet,
+    "PixArtTransformer2DModel": _pixart,
+    "SanaTransformer2DModel": _sana,
+    "FluxTransformer2DModel": _flux,
+}

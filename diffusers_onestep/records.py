@@ -1,0 +1,121 @@
+"""What a run writes down about itself, so that its card can be made from the folder alone; never a secret."""
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+from huggingface_hub import ModelCard, get_token, hf_hub_download
+from yaml import YAMLError
+
+from .evaluation import provenance
+from .methods.base import Paper
+from .repository import read_json, resolve_model
+
+RUN_RECORD = "training_run.json"  # beside training_args.json: what was asked for; here: what it came to
+
+HIDDEN = "REDACTED"
+_SECRET_NAME = re.compile(r"(?:^|[_-])(?:token|secret|password|passwd|passphrase|credentials?|(?:api)?key)$", re.I)
+_SECRET_SHAPE = re.compile(
+    r"\bhf_\w{20,}|\bsk-[\w-]{20,}|\bgh[opsu]_\w{20,}|\bgithub_pat_\w{20,}|\bAKIA[A-Z0-9]{16}\b|(?<=://)[^/\s@]+(?=@)"
+)
+_LICENSE_KEYS = ("license", "license_name", "license_link")
+
+
+def without_secrets(text: str) -> str:
+    """`text` with tokens, passwords in URLs and the values of this environment's secret variables hidden."""
+    values = [value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= 8]
+    for value in sorted({*values, get_token() or ""} - {""}, key=len, reverse=True):
+        text = text.replace(value, HIDDEN)
+    return _SECRET_SHAPE.sub(HIDDEN, text)
+
+
+def without_secret_words(words: list[str]) -> list[str]:
+    """A command's words with the values of `--hub_token VALUE`, `--api-key=VALUE`, `WANDB_API_KEY=VALUE` hidden."""
+    shown, secret_follows = [], False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        named = bool(_SECRET_NAME.search(name)) and " " not in name
+        if secret_follows and not word.startswith("--"):
+            word = HIDDEN
+        elif named and equals:
+            word = f"{name}={HIDDEN}"
+        secret_follows = named and not equals and word.startswith("-")
+        shown.append(without_secrets(word))
+    return shown
+
+
+def without_secret_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with those that are named like a secret set to None, and secrets inside the others hidden."""
+    shown = {name: None if _SECRET_NAME.search(name) else value for name, value in settings.items()}
+    return {name: without_secrets(value) if isinstance(value, str) else value for name, value in shown.items()}
+
+
+def command_line() -> str | None:
+    """The command that runs this process, with that of its launcher (`accelerate launch ...`), quoted for a shell;
+    None in a notebook or a Python prompt."""
+    if "ipykernel" in sys.modules or sys.argv[0] in ("", "-c"):
+        return None
+    words = list(sys.orig_argv)
+    try:
+        launcher = psutil.Process().parent().cmdline()
+    except (psutil.Error, AttributeError):  # gone, or another user's
+        launcher = []
+    if Path((launcher or [""])[0]).name.startswith("python") and launcher[-len(sys.argv) :] == sys.argv:
+        words = launcher
+    if Path(words[0]).name.startswith("python"):
+        script = Path(words[1])
+        installed = script.is_absolute() and script.parent == Path(sys.executable).parent
+        words = [script.name, *words[2:]] if installed else ["python", *words[1:]]
+    return shlex.join(without_secret_words(words))
+
+
+def license_of(path_or_id: str, revision: str | None = None) -> dict[str, Any]:
+    """What a model's card, or else the record of its training, says of its licence: `license`, `license_name`,
+    `license_link`, `gated` where users must accept conditions first, and `notice`, the attributions of a folder's
+    NOTICE; empty if nothing can be read."""
+    folder = Path(resolve_model(path_or_id))
+    notice = {"notice": (folder / "NOTICE").read_text(encoding="utf-8")} if (folder / "NOTICE").is_file() else {}
+    if (folder / RUN_RECORD).is_file() and not (folder / "README.md").is_file():
+        return read_json(folder / RUN_RECORD).get("license", {}) | notice
+    try:
+        card = folder / "README.md" if folder.is_dir() else hf_hub_download(path_or_id, "README.md", revision=revision)
+        data = ModelCard(Path(card).read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+    except (OSError, ValueError, YAMLError):  # the Hub client's errors are among these
+        return notice
+    found = notice | {key: data.get(key) for key in _LICENSE_KEYS if data.get(key)}
+    link = found.get("license_link")
+    if link and "://" not in link and not folder.is_dir():
+        found["license_link"] = f"https://huggingface.co/{path_or_id}/blob/{revision or 'main'}/{link}"
+    if data.get("extra_gated_prompt") or data.get("extra_gated_fields"):
+        found["gated"] = True
+    return found
+
+
+def run_record(
+    method: str, paper: Paper, teacher: str | None = None, revision: str | None = None, license: str | None = None
+) -> dict[str, Any]:
+    """What stays the same through a run, for `training_run.json`: method, teacher and its licence, command, versions,
+    hardware.
+
+    Args:
+        method (`str`): its name.
+        paper (`Paper`): where it comes from.
+        teacher (`str`, *optional*): as it was given: a Hub id, a folder or a shipped name.
+        revision (`str`, *optional*): of the teacher's repository.
+        license (`str`, *optional*): of a model without a teacher; others inherit theirs.
+    """
+    on_hub = teacher is not None and not Path(resolve_model(teacher)).is_dir()
+    return {
+        "method": method,
+        "paper": asdict(paper),
+        "teacher": teacher,
+        "base_model": teacher if on_hub else None,
+        "revision": revision,
+        "license": license_of(teacher, revision) if teacher else {"license": license} if license else {},
+    } | provenance(command_line())

@@ -1,0 +1,250 @@
+"""Cards are made from a folder alone, run as they stand, and are valid on the Hub."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT, tiny_unet
+from diffusers import ConsistencyModelPipeline, DDPMScheduler
+from huggingface_hub import ModelCard
+from test_arguments import script
+
+from diffusers_onestep import DMD, OneStepPipeline, Teacher, create_model_card, train
+from diffusers_onestep.arguments import TrainArguments, parse_args
+from diffusers_onestep.data import Batches, Conditions
+from diffusers_onestep.hub import TEMPLATE
+from diffusers_onestep.records import command_line, without_secret_settings, without_secret_words, without_secrets
+
+
+def trained(teacher_folder, folder, **flags):
+    """A student of one update, in a folder as `train` leaves it."""
+    teacher = Teacher.from_pretrained(teacher_folder)
+    args = TrainArguments(output_dir=str(folder), max_train_steps=1, train_batch_size=2, **flags)
+    train(DMD(teacher), Batches(Conditions(teacher.encode()), 2), args)
+    return folder
+
+
+def python_blocks(card):
+    return re.findall(r"```python\n(.*?)```", card, re.S)
+
+
+@pytest.fixture(scope="module")
+def licensed(tmp_path_factory):
+    """A teacher with a card of its own."""
+    folder = tmp_path_factory.mktemp("licensed") / "teacher"
+    ConsistencyModelPipeline(tiny_unet(classes=3), DDPMScheduler()).save_pretrained(folder)
+    (folder / "NOTICE").write_text("Drawn by Ada.\n")
+    (folder / "README.md").write_text(
+        "---\nlicense: creativeml-openrail-m\nextra_gated_prompt: Do no harm.\n---\n# teacher\n"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def student(licensed, tmp_path_factory):
+    return trained(licensed, tmp_path_factory.mktemp("cards") / "student", validation_steps=1)
+
+
+@pytest.fixture
+def folder(student, tmp_path):
+    return shutil.copytree(student, tmp_path / "student")
+
+
+def test_a_training_run_leaves_a_card_that_runs(student, licensed, tmp_path, monkeypatch):
+    card = ModelCard.load(student / "README.md")
+    assert card.data.license == "creativeml-openrail-m" and card.data.pipeline_tag == "unconditional-image-generation"
+    assert {"diffusers-onestep", "dmd", "one-step", "distillation"} <= set(card.data.tags)
+    assert card.data.get("base_model") is None  # a folder is none on the Hub
+    text = card.text
+    for part in ("use-based restrictions", "accept conditions first", "Drawn by Ada.", "abs/2311.18828", "(NFE 1)",
+                 "1 updates, 2 images seen", "Seed 0", "![samples](samples.png)", "Not measured: any distance",
+                 "@misc{yin2024", str(licensed)):  # fmt: skip
+        assert part in text, part
+    monkeypatch.chdir(tmp_path)
+    blocks = python_blocks(text)
+    assert len(blocks) == 2
+    for code in blocks:
+        exec(code, {})
+        (tmp_path / "sample.png").unlink()
+
+
+@pytest.mark.parametrize(
+    "name, method, flags",
+    [
+        ("train_sid", "SiD", []),
+        ("train_pid", "PID", ["--distance", "l2", "--num_points", "4"]),
+        ("train_dkdm", "DKDM", ["--shrink", "0.5", "--num_steps", "4", "--validation_inference_steps", "2"]),
+    ],
+)
+def test_every_script_leaves_a_card(name, method, flags, licensed, tmp_path, monkeypatch):
+    module = script(name)
+    (arguments,) = [v for k, v in vars(module).items() if k == f"{method}Arguments"]
+    flags = ["--pretrained_teacher_model", str(licensed), "--output_dir", str(tmp_path / "out"), *flags]
+    module.main(parse_args(arguments, [*flags, "--max_train_steps", "1", "--train_batch_size", "2"]))
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.license == "creativeml-openrail-m" and method.lower() in card.data.tags
+    assert f"Method: {method}, [" in card.text and f"Teacher: `{licensed}`" in card.text
+    monkeypatch.chdir(tmp_path)
+    for code in python_blocks(card.text):
+        exec(code, {})
+
+
+def test_teachers_have_cards_too(tmp_path, monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (8, 16, 16), dtype=np.uint8)
+    labels = np.arange(8) % 2
+    np.savez(tmp_path / "data.npz", images_train=images, labels_train=labels, class_names=np.array(["cat", "dog"]))
+    module = script("train_teacher")
+    flags = ["--dataset", str(tmp_path / "data.npz"), "--output_dir", str(tmp_path / "out"), "--max_train_steps", "1"]
+    module.main(parse_args(module.TeacherArguments, [*flags, "--train_batch_size", "2", "--license", "mit"]))
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.license == "mit" and "distillation" not in card.data.tags and 'class_labels=["cat"]' in card.text
+    monkeypatch.chdir(tmp_path)
+    exec(python_blocks(card.text)[0], {})
+
+
+def test_its_settings_are_a_file_that_runs_again(student, tmp_path):
+    (text,) = re.findall(r"```yaml\n(.*?)```", (student / "README.md").read_text(), re.S)
+    (tmp_path / "again.yaml").write_text(text)
+    again = parse_args(TrainArguments, ["--config", str(tmp_path / "again.yaml")])
+    assert again.max_train_steps == 1 and again.output_dir == str(student) and yaml.safe_load(text)["seed"] == 0
+
+
+def test_hub_teachers_become_the_base_model(folder):
+    record = (folder / "training_run.json").read_text()
+    record = record.replace('"base_model": null', '"base_model": "google/ddpm-cifar10-32"')
+    (folder / "training_run.json").write_text(record)
+    data = ModelCard.load(create_model_card(folder, repo_id="user/x")).data
+    assert (data.base_model, data.base_model_relation) == ("google/ddpm-cifar10-32", "finetune")
+
+
+def test_own_words_stay(folder):
+    (folder / "notes.md").write_text("Looks best at night.\n")
+    assert "Looks best at night." in create_model_card(folder).read_text()
+    edited = (folder / "README.md").read_text().replace("at night", "at noon")
+    (folder / "README.md").write_text(edited)
+    create_model_card(folder, repo_id="user/x")
+    assert (folder / "README.md").read_text() == edited
+
+
+def test_metrics_become_model_index_results_and_only_the_students(folder):
+    row = {"metric": "FD-fashion", "num_samples": 10, "seed": 0, "error": 0.1, "images_per_second": 2.0}
+    rows = [
+        row | {"model": model, "nfe": n, "value": v} for model, n, v in (("student", 1, 0.5), ("teacher", 50, 1.5))
+    ]
+    about = {"command": "c", "hardware": "h", "versions": {"torch": "2"}}
+    (folder / "metrics.json").write_text(json.dumps(about | {"results": rows}))
+    card = ModelCard.load(create_model_card(folder))
+    (result,) = card.data.eval_results
+    assert (result.metric_value, result.metric_type, result.metric_args["nfe"]) == (0.5, "fd-fashion", 1)
+    assert "| teacher | 50 | 1.5" in card.text and "Not measured: FID" in card.text
+
+
+def test_what_is_not_recorded_is_not_invented(folder, tmp_path):
+    for name in ("training_run.json", "training_args.json", "samples.png"):
+        (folder / name).unlink()
+    card = create_model_card(folder).read_text()
+    assert "Not recorded: teacher" in card and "license: unknown" in card and "samples.png" not in card
+    with pytest.raises(ValueError, match="`folder` must hold a model or a scheduler"):
+        create_model_card(tmp_path)
+
+
+def test_many_step_models_run_by_their_cards(tmp_path, monkeypatch):
+    pipeline = OneStepPipeline(tiny_unet(), DDPMScheduler())
+    pipeline.save_pretrained(tmp_path / "model")
+    blocks = python_blocks(create_model_card(tmp_path / "model").read_text())
+    monkeypatch.chdir(tmp_path)
+    for code in blocks:
+        exec(code, {})
+    assert len(blocks) == 2
+
+
+@pytest.mark.parametrize(
+    "scheduler, expected",
+    [
+        (
+            {"_class_name": "LCMScheduler", "original_inference_steps": 1},
+            "num_inference_steps=1, guidance_scale=1.0, ",
+        ),
+        (
+            {"_class_name": "DistilledDDIMScheduler", "dode_tables": {"8": {"lambdas": [0.0] * 8}}},
+            "guidance_scale=7.5",
+        ),
+        ({"_class_name": "DDPMScheduler"}, "num_inference_steps=20, guidance_scale=7.5"),
+    ],
+)
+def test_text_to_image_models_are_asked_with_prompts(tmp_path, scheduler, expected):
+    ours = scheduler["_class_name"].startswith("Distilled")
+    index = {"_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", "CLIPTextModel"]}
+    index |= {"scheduler": ["diffusers_onestep" if ours else "diffusers", scheduler["_class_name"]]}
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    (tmp_path / "training_args.json").write_text(json.dumps({"guidance_scale": 7.5}))
+    card = ModelCard.load(create_model_card(tmp_path))
+    assert card.data.pipeline_tag == "text-to-image"
+    blocks = python_blocks(card.text)
+    assert all(compile(code, "card", "exec") and 'pipe("a photo of a cat", ' in code for code in blocks)
+    assert expected in blocks[-1] and len(blocks) == (2 if scheduler["_class_name"] == "LCMScheduler" else 1)
+    assert ("import diffusers_onestep" in blocks[-1]) == ours
+
+
+@pytest.mark.parametrize("name", ["fashion32", "fashion32-onestep"])
+def test_shipped_cards_are_made_by_the_same_code_and_run(name, tmp_path, monkeypatch):
+    card = (ROOT / "model_cards" / f"{name}.md").read_text()
+    assert script("ship_model").shipped_card(name) == card, "python training/ship_model.py NAME makes it anew"
+    assert ModelCard(card).data.license == "apache-2.0"
+    for file in re.findall(r"\]\((fashion[\w.-]+)\)", card):
+        assert (ROOT / "model_cards" / file).is_file()
+    monkeypatch.chdir(tmp_path)
+    for code in python_blocks(card):
+        torch.manual_seed(0)
+        exec(code, {})
+
+
+def test_the_template_is_one_file():
+    assert (ROOT / "model_cards" / "template.md").resolve() == TEMPLATE.resolve()
+
+
+# records
+
+
+def test_secrets_in_commands_and_settings_are_hidden(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    words = ["train.py", "--hub_token", "abc", "--api-key=def", "WANDB_API_KEY=ghi", "--max_token_length", "77"]
+    words += ["--tracker", "https://me:pass@host/x", "--note", "is 0123456789abcdef", "--revision", "a" * 40]
+    shown = without_secret_words(words)
+    assert shown[:7] == ["train.py", "--hub_token", "REDACTED", "--api-key=REDACTED", "WANDB_API_KEY=REDACTED",
+                         "--max_token_length", "77"]  # fmt: skip
+    assert shown[7:] == ["--tracker", "https://REDACTED@host/x", "--note", "is REDACTED", "--revision", "a" * 40]
+    assert without_secrets("hf_" + "x" * 30) == "REDACTED" and without_secrets("hf_hub") == "hf_hub"
+    settings = {"hub_token": "x", "seed": 1, "prompts": "0123456789abcdef.txt"}
+    assert without_secret_settings(settings) == {"hub_token": None, "seed": 1, "prompts": "REDACTED.txt"}
+
+
+@pytest.mark.parametrize(
+    "parent, own, expected",
+    [
+        (
+            ["/env/bin/python3.11", "{bin}/accelerate", "launch", "--cpu", "t.py", "--seed", "1"],
+            ["/env/bin/python3.11", "-u", "t.py", "--seed", "1"],
+            "accelerate launch --cpu t.py --seed 1",
+        ),
+        (["bash"], ["python", "t.py", "--seed", "1"], "python t.py --seed 1"),
+        (["/usr/bin/python3", "test.py"], ["/env/bin/python", "{bin}/t.py", "--seed", "1"], "t.py --seed 1"),
+        (["bash"], ["python", "t.py", "--hub_token", "x y"], "python t.py --hub_token REDACTED"),
+    ],
+)
+def test_the_command_is_the_launchers(monkeypatch, parent, own, expected):
+    folder = str(Path(sys.executable).parent)
+    parent, own = ([word.format(bin=folder) for word in words] for words in (parent, own))
+    monkeypatch.setattr(sys, "orig_argv", own)
+    monkeypatch.setattr(sys, "argv", own[next(i for i, word in enumerate(own) if word.endswith(".py")) :])
+    process = type("Process", (), {"cmdline": lambda self: parent, "parent": lambda self: self})
+    monkeypatch.setattr("diffusers_onestep.records.psutil.Process", process)
+    assert command_line() == expected

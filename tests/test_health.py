@@ -1,0 +1,156 @@
+import json
+
+import pytest
+import torch
+from conftest import tiny_unet
+from diffusers import ConsistencyModelPipeline, DDPMScheduler, DiffusionPipeline
+from test_trainer import Scripted, arguments, batches_of
+
+from diffusers_onestep import OneStepPipeline, SiD, Teacher, train
+from diffusers_onestep.arguments import TrainArguments
+from diffusers_onestep.data import Batches, Conditions
+from diffusers_onestep.health import PATIENCE, WINDOW, Health, Watch, draw_health, read_log, warnings
+from diffusers_onestep.trainer import latest_checkpoint
+
+
+def updates(lag, number=WINDOW):
+    return [{"step": i, "images": 64 * i, "fake_score_lag": lag * (-1) ** i, "score_gap": 30.0} for i in range(number)]
+
+
+def validations(key, *values):
+    return [{"step": i, "images": 64 * i, key: value} for i, value in enumerate(values)]
+
+
+def test_a_healthy_log_brings_no_warning():
+    falling = [10 / (i + 1) for i in range(20)]
+    log = updates(0.97) + validations("distance", *falling, 0.52, 0.6, 0.55, 0.7, 0.6, 0.6, 0.6)
+    assert warnings(log + validations("diversity", 0.3, 0.4, 0.8, 0.9, 0.7)) == {}
+    assert warnings([]) == {} and warnings(updates(5.0, WINDOW - 1)) == {}  # too early to say
+    assert warnings(updates(5.0) + updates(0.8)) == {}  # over
+
+
+@pytest.mark.parametrize(
+    "log, kind, words",
+    [
+        (updates(0.9) + updates(2.5), "fake_score_lag", "its lag is 2.5 times"),
+        (validations("diversity", 0.7, 0.9, 0.45), "diversity", "45% as much as the teacher's"),
+        (validations("diversity", *[0.1] * 2 * PATIENCE), "diversity", "10% as much"),  # never rose
+        (validations("distance", 3.0, 1.0, *[1.2] * 3, 2.0, 2.5, 3.0), "distance", "3 now, against 1 at its best, 6"),
+    ],
+)
+def test_what_goes_wrong_is_said_in_plain_words(log, kind, words):
+    found = warnings(log)
+    assert list(found) == [kind] and words in found[kind]
+
+
+def test_a_warning_comes_once_and_again_only_after_it_was_over():
+    health = Health([])
+    said = [bool(health.add({"diversity": value})) for value in (0.8, 0.4, 0.3, 0.7, 0.4)]
+    assert said == [False, True, False, False, True]
+    assert Health(health.lines).add({"diversity": 0.3}) == []  # known when the run went on
+
+
+def test_the_picture_needs_the_log_alone(tmp_path):
+    from PIL import Image
+
+    log = tmp_path / "log.jsonl"
+    lines = (
+        updates(0.9) + validations("distance", 3.0, 2.0) + [{"step": 9, "images": 64, "warning": "It stopped. Why?"}]
+    )
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    draw_health(log, tmp_path / "health.png")
+    with Image.open(tmp_path / "health.png") as image:
+        assert image.size[0] > 800 and len(image.getcolors(1 << 20)) > 3
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    draw_health(tmp_path / "none.jsonl", tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("colour")
+    ConsistencyModelPipeline(tiny_unet(classes=3, channels=3), DDPMScheduler()).save_pretrained(folder)
+    return Teacher.from_pretrained(folder)
+
+
+def test_live_numbers_of_a_student_that_is_the_teacher(teacher):
+    """Colour images of another size: the reference are the teacher's own."""
+    args = TrainArguments(output_dir="unused", validation_samples=12)
+    watch = Watch(teacher, args, num_inference_steps=2)
+
+    def same(noise, cond, generator):
+        return teacher.sample(noise, cond, num_inference_steps=2)
+
+    values = watch(same)
+    assert values["distance"] == pytest.approx(0, abs=0.01) and values["diversity"] == pytest.approx(1)
+    assert values["saturation"] == values["teacher_saturation"]
+    collapsed = watch(lambda *inputs: same(*inputs).mean(0, keepdim=True).expand(12, -1, -1, -1) * 50)
+    assert collapsed["diversity"] < 1e-3 and collapsed["distance"] > 10 * values["distance"] + 1
+    assert collapsed["saturation"] > 0.5
+    halves = torch.tensor([-1.5, -1.001, 1.0, 2.0]).reshape(1, 1, 2, 2).expand(12, 3, -1, -1)
+    assert watch(lambda *inputs: halves)["saturation"] == 0.5  # less than a grey level is no clipping
+
+
+def test_latents_are_decoded_and_conditions_taken_in_turn(teacher):
+    seen = []
+    args = TrainArguments(output_dir="unused", validation_samples=5)
+    cond = {"class_labels": torch.tensor([2, 0])}
+    watch = Watch(teacher, args, cond=cond, decode=lambda x0: x0 / 2, num_inference_steps=1)
+
+    def student(noise, cond, generator):
+        seen.append(cond["class_labels"].tolist())
+        return 3 * torch.ones_like(noise)
+
+    assert watch(student)["saturation"] == 1.0 and seen == [[2, 0, 2, 0, 2]]
+
+
+def test_a_run_keeps_its_health_and_resumes_it(teacher, tmp_path):
+    """Unbroken and resumed runs have the same log, but for the seconds."""
+    one, two = tmp_path / "one", tmp_path / "two"
+
+    def go(folder, steps, **other):
+        settings = {"train_batch_size": 2, "checkpointing_steps": 2, "validation_steps": 2, "validation_samples": 6}
+        args = arguments(folder, max_train_steps=steps, **(settings | other))
+        train(SiD(teacher), Batches(Conditions(teacher.encode()), 2), args)
+
+    go(one, 4)
+    go(two, 2)
+    go(two, 4, resume_from_checkpoint="latest")
+    logs = [
+        [{k: v for k, v in line.items() if k != "seconds"} for line in read_log(f / "log.jsonl")] for f in (one, two)
+    ]
+    assert logs[0] == logs[1] and len(logs[0]) == 6
+    keys = {"gradient_norm/student", "gradient_norm/fake_score", "gradient_norm_ratio", "score_gap", "fake_score_lag"}
+    line = logs[0][0]
+    assert keys <= line.keys()
+    ratio = line["gradient_norm/student"] / line["gradient_norm/fake_score"]
+    assert line["gradient_norm_ratio"] == pytest.approx(ratio) and ratio > 0
+    assert {"distance", "diversity", "saturation", "teacher_saturation"} <= logs[0][-1].keys()
+    assert (one / "health.png").is_file() and (one / "samples.png").is_file() and (one / "best").is_dir()
+    OneStepPipeline.from_pretrained(two)
+    assert isinstance(DiffusionPipeline.from_pretrained(one), DiffusionPipeline)
+
+
+class Losing(Scripted):
+    """A method whose fake score has lost its student."""
+
+    diagnostics = {"fake_score_lag": torch.tensor(7.0), "score_gap": torch.tensor(1.0)}
+
+
+def test_a_diverging_run_warns_and_stops_if_it_is_asked_to(tmp_path, capsys):
+    going, stopping = tmp_path / "going", tmp_path / "stopping"
+    train(Losing(), batches_of(), arguments(going, max_train_steps=WINDOW + 2))
+    warned = [line for line in read_log(going / "log.jsonl") if "warning" in line]
+    assert [line["step"] for line in warned] == [WINDOW] and "lag is 7.0 times" in warned[0]["warning"]
+    settings = {"max_train_steps": WINDOW + 2, "stop_on_divergence": True}
+    with pytest.raises(SystemExit) as stop:
+        train(Losing(), batches_of(), arguments(stopping, **settings))
+    assert stop.value.code == 1
+    said = capsys.readouterr().out
+    assert (
+        f"Stopped by --stop_on_divergence after step {WINDOW}" in said and "Raise `fake_score_learning_rate`" in said
+    )
+    assert latest_checkpoint(stopping).name == f"step-{WINDOW:06d}"
+    # asked to go on, it does: the warning is known
+    train(Losing(), batches_of(), arguments(stopping, resume_from_checkpoint="latest", **settings))
+    assert read_log(stopping / "log.jsonl")[-1]["step"] == WINDOW + 2

@@ -1,0 +1,255 @@
+"""Text-to-image teachers of every family: conditions, all methods by their real scripts, students' pipelines."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from families import BUILDERS, CALLS, tiny_pipeline
+from PIL import Image
+
+from diffusers_onestep import OneStepPipeline, Teacher
+from diffusers_onestep.arguments import parse_args
+
+FAMILIES = list(BUILDERS)
+STOCK = {
+    "sd": "StableDiffusionPipeline",
+    "sd-v": "StableDiffusionPipeline",
+    "sdxl": "StableDiffusionXLPipeline",
+    "sd3": "StableDiffusion3Pipeline",
+    "flux": "FluxPipeline",
+    "pixart": "PixArtAlphaPipeline",
+    "sana": "SanaPipeline",
+}
+PROMPTS = ["a cat", "a red car", "the sea at night"]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """A teacher of each family on disk, prompts, and captioned images."""
+    root = tmp_path_factory.mktemp("text-to-image")
+    for family in FAMILIES:
+        tiny_pipeline(family).save_pretrained(root / family)
+    (root / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    images = [Image.fromarray(np.full((20, 24, 3), 80 * i, np.uint8)) for i in range(3)]
+    rows = Dataset.from_dict(
+        {"image": images, "text": PROMPTS}, features=Features({"image": ImageFeature(), "text": Value("string")})
+    )
+    rows.save_to_disk(root / "images")
+    return root
+
+
+def run_script(name, *flags):
+    """A script's `main` in this process, with flags as on its command line."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "training" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    presets = next((v for k, v in vars(module).items() if k.endswith("_PRESETS")), None)
+    arguments = [v for k, v in vars(module).items() if k.endswith("Arguments") and v.__module__ == name]
+    module.main(parse_args(arguments[0], [str(flag) for flag in flags], presets=presets))
+
+
+def flags(folders, family, output, **others):
+    given = {
+        "pretrained_teacher_model": folders / family,
+        "output_dir": output,
+        "cache_dir": folders / "cache",
+        "resolution": 32 if family == "sana" else 16,
+        "train_batch_size": 2,
+        "max_train_steps": 2,
+        "learning_rate": 1e-3,
+        "lr_warmup_steps": 0,
+        "prompts": folders / "prompts.txt",
+    } | others
+    return [
+        part for k, v in given.items() if v is not None for part in (f"--{k}", *(v if isinstance(v, list) else [v]))
+    ]
+
+
+def size(family):
+    side = 32 if family == "sana" else 16
+    return {"height": side, "width": side} | CALLS.get(family, {})
+
+
+def teacher_of(pipeline, family):
+    return Teacher(pipeline, resolution=32 if family == "sana" else 16)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_conditions_and_guidance_are_those_of_the_stock_pipeline(family):
+    pipeline = tiny_pipeline(family)
+    if hasattr(pipeline.scheduler, "alphas_cumprod"):
+        pipeline.scheduler = type(pipeline.scheduler).from_config(
+            pipeline.scheduler.config, timestep_spacing="trailing", clip_sample=False
+        )
+    teacher = teacher_of(pipeline, family)
+    noise = torch.randn(2, *teacher.sample_shape, generator=seeded())
+    settings = {"guidance_scale": 3.0}
+    latents = noise
+    if family == "flux":
+        settings = {"true_cfg_scale": 3.0, "negative_prompt": "", "guidance_scale": 3.5}
+        latents = pipeline._pack_latents(noise, *noise.shape)
+    expected = pipeline(
+        PROMPTS[:2], latents=latents, num_inference_steps=4, output_type="latent", **settings, **size(family)
+    ).images
+    if family == "flux":
+        expected = pipeline._unpack_latents(expected, 16, 16, 2)
+    ours = teacher.sample(noise, teacher.encode(PROMPTS[:2]), num_inference_steps=4, guidance_scale=3.0)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    other = teacher.sample(noise, teacher.encode(["x", "y"]), num_inference_steps=4, guidance_scale=3.0)
+    assert (other - ours).abs().max() > 1e-4  # prompts matter
+
+
+METHODS = {
+    "sid": ("train_sid", {"kappas": 1.5}),
+    "dmd": ("train_dmd", {"guidance_scale": 2.0, "fake_score_updates": 2, "prompts": None, "gan_weight": 1e-3}),
+    "pid": ("train_pid", {"guidance_scale": 2.0, "distance": "pseudo-huber", "num_points": 20}),
+    "dkdm": ("train_dkdm", {"shrink": 0.5, "num_steps": 10, "reservoir_ratio": 0.2, "validation_inference_steps": 5}),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_method_trains_every_family(folders, tmp_path, family, method):
+    """Two steps by the real script; the saved model gives the same image here and in plain diffusers."""
+    script, settings = METHODS[method]
+    if method == "dmd":
+        settings = settings | {"dataset_name": folders / "images"}
+    run_script(script, *flags(folders, family, tmp_path, **settings))
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == STOCK[family]
+    assert (tmp_path / "samples.png").is_file() and not list(tmp_path.glob(".*"))
+    network = "unet" if "unet" in index else "transformer"
+    before, after = (_weights(folder / network) for folder in (folders / family, tmp_path))
+    if method != "dkdm":
+        assert sum(not torch.equal(before[k], after[k]) for k in before) > len(before) // 2
+    ours = OneStepPipeline.from_pretrained(tmp_path)
+    assert type(ours).__name__ == f"OneStep{STOCK[family]}"
+    stock = getattr(diffusers, STOCK[family]).from_pretrained(tmp_path)
+    for pipeline in (ours, stock):
+        pipeline.set_progress_bar_config(disable=True)
+    steps = {"num_inference_steps": 5} if method == "dkdm" else {}
+    image = ours(PROMPTS[0], generator=seeded(), output_type="np", **steps, **size(family)).images
+    plain = {"num_inference_steps": 1, "guidance_scale": 3.5 if family == "flux" else 1.0} | steps
+    if method == "dkdm":
+        plain.pop("guidance_scale")
+    assert np.array_equal(
+        stock(PROMPTS[0], generator=seeded(), output_type="np", **plain, **size(family)).images, image
+    )
+    own = index["scheduler"][0] == "diffusers_onestep"
+    assert own == (method in ("sid", "pid") or (method == "dmd" and family in ("sd3", "flux", "sana")))
+
+
+def _weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+FIT = {
+    "max_train_steps": None,
+    "train_batch_size": None,
+    "learning_rate": None,
+    "lr_warmup_steps": None,
+    "cache_dir": None,
+    "num_inference_steps": 5,
+    "scale": 4,
+    "num_samples": 16,
+    "num_holdout_samples": 8,
+    "batch_size": 8,
+    "guidance_scale": 3.0,
+}
+
+
+@pytest.mark.parametrize(
+    "family, solver", [("sd-v", "ddim"), ("sdxl", "euler"), ("sd3", "dpmsolver++"), ("flux", "dpmsolver++")]
+)
+def test_solvers_are_fitted_to_every_kind_of_teacher(folders, tmp_path, family, solver):
+    """A guided fit by the script, stored with the teacher's weights; sampled with the guidance of the fit."""
+    run_script("fit_d_ode", *flags(folders, family, tmp_path, solver=solver, **FIT), "--save_pipeline")
+    ours = OneStepPipeline.from_pretrained(tmp_path)
+    stock = getattr(diffusers, STOCK[family]).from_pretrained(tmp_path)
+    for pipeline in (ours, stock):
+        pipeline.set_progress_bar_config(disable=True)
+    plain = {"num_inference_steps": 5, "guidance_scale": 3.0}
+    if family == "flux":
+        plain |= {"true_cfg_scale": 3.0, "negative_prompt": "", "guidance_scale": 3.5}
+    image = ours(PROMPTS[0], generator=seeded(), output_type="np", **size(family)).images
+    again = stock(PROMPTS[0], generator=seeded(), output_type="np", **plain, **size(family)).images
+    assert np.array_equal(again, image)
+    table = next(iter(ours.scheduler.config.dode_tables.values()))
+    assert table["guidance_scale"] == 3.0 and any(table["lambdas"])
+
+
+def test_pairs_hold_prompts_and_feed_the_regression(folders, tmp_path):
+    """DMD's pairs of a guided teacher: the regression's target is what the stored noise became."""
+    settings = {"num_pairs": 3, "num_inference_steps": 4, "guidance_scale": 2.0, "batch_size": 2}
+    leave = dict.fromkeys(("max_train_steps", "train_batch_size", "learning_rate", "lr_warmup_steps", "cache_dir"))
+    run_script("make_pairs", *flags(folders, "sdxl", tmp_path / "pairs", **settings, **leave))
+    train = {"prompts": None, "pairs": tmp_path / "pairs", "regression_weight": 0.25, "regression_loss": "l2"}
+    run_script("train_dmd", *flags(folders, "sdxl", tmp_path / "out", guidance_scale=2.0, **train))
+    assert OneStepPipeline.from_pretrained(tmp_path / "out").student_steps == 1
+    from datasets import load_from_disk
+
+    rows = load_from_disk(tmp_path / "pairs").with_format("torch")
+    teacher = Teacher.from_pretrained(folders / "sdxl", resolution=16)
+    target = teacher.sample(
+        rows["noise"][:], teacher.encode(list(rows["prompt"])), num_inference_steps=4, guidance_scale=2.0
+    )
+    torch.testing.assert_close(rows["target"][:], target, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"prompts": None}, "One of `prompts` and `dataset_name`"),
+        ({"resolution": 15}, "`resolution` must be a multiple of 2, but is 15"),
+        ({"prompts": "nothing.txt"}, "`prompts` must be a UTF-8 file"),
+        ({"start_ratio": 2.5}, "`start_ratio` must be left out for a StableDiffusion3Pipeline"),
+    ],
+)
+def test_bad_flags_end_before_training(folders, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run_script("train_sid", *flags(folders, "sd3", tmp_path, **changes))
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_pixel_teachers_take_no_prompts(folders, tmp_path):
+    with pytest.raises(ValueError, match="`prompts` must be None for a teacher that takes no prompts"):
+        run_script("train_sid", *flags(folders, "sd", tmp_path, pretrained_teacher_model="fashion32", resolution=None))
+
+
+def test_two_real_ranks_equal_one_process(folders, tmp_path):
+    """SiD-LSG with the same global batch of 4; both ranks encode prompts into one cache."""
+    settings = {"kappas": 1.5, "adam_epsilon": 1.0, "learning_rate": 1.0, "alpha": 1.0}
+    one, two = tmp_path / "one", tmp_path / "two"
+    command = [sys.executable, str(ROOT / "training" / "train_sid.py")]
+    more = {"cache_dir": tmp_path / "cache", **settings}
+    run_script("train_sid", *flags(folders, "sd", one, gradient_accumulation_steps=2, **settings))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29537"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    parts = [str(flag) for flag in flags(folders, "sd", two, **more)]
+    done = subprocess.run(
+        [*launcher, *command[1:], *parts], env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list((tmp_path / "cache" / "text").rglob("*.safetensors"))) == len(PROMPTS)
+    assert (two / "checkpoints" / "step-000002" / "random_states_1.pkl").is_file()  # there really were two
+    start, *results = (_weights(folder / "unet") for folder in (folders / "sd", one, two))
+    first, second = (torch.cat([(result[key] - start[key]).flatten() for key in start]) for result in results)
+    assert first.abs().max() > 1e-4
+    torch.testing.assert_close(first, second, rtol=0, atol=2e-3 * first.abs().max().item())
