@@ -94,6 +94,7 @@ def test_a_resumed_run_trains_the_autoencoder_no_further(trained, dataset, tmp_p
 
 def test_shipped_in_half_precision_and_taken_as_a_teacher(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ship_model, "ASSETS", tmp_path)
+    monkeypatch.setattr(ship_model, "MODEL_CARDS", tmp_path)
     ship_model.main(str(trained), "emoji-sd")
     assert "emoji-sd" in capsys.readouterr().out and (tmp_path / "emoji-sd" / "NOTICE").is_file()
     assert str(trained) not in "".join(path.read_text() for path in (tmp_path / "emoji-sd").rglob("*.json"))

@@ -47,7 +47,10 @@ def test_processes_share_the_sampling_and_find_the_same_numbers(tmp_path):
         for name, score in one["scores"].items():
             other = two["scores"][name]
             assert other["value"] == pytest.approx(score["value"], rel=1e-6), name
-            assert other["error"] == pytest.approx(score["error"], rel=1e-6), name
+            if score["error"] is None:  # there are too few samples for one
+                assert other["error"] is None
+            else:
+                assert other["error"] == pytest.approx(score["error"], rel=1e-6), name
             assert score["num_samples"] == 60 and len(score["weights"]) == 16 and score["extractor"] == "fashion"
     assert rows[0][1]["scores"]["agreement-fashion"]["value"] == 1  # the teacher with itself
     assert results[0]["seed"] == 0 and {"torch", "diffusers", "python"} <= results[0]["versions"].keys()
@@ -162,7 +165,7 @@ def test_files_of_an_earlier_version_still_read(tmp_path):
     """A row as it was written before there were several numbers of one model."""
     old = {"model": "m", "nfe": 1, "metric": "FD-fashion", "value": 0.85, "num_samples": 10, "images_per_second": 9.0}
     row = Metrics(**old, seed=0)
-    assert markdown_table([row]).splitlines()[-1] == "| m | 1 | 0.85 | – | 9 |"
+    assert markdown_table([row]).splitlines()[-1] == "| m | 1 | 0.850 | – | 9 |"
     write_metrics(tmp_path / "metrics.json", [row], command="here")
     written = json.loads((tmp_path / "metrics.json").read_text())
     assert written["command"] == "here" and old.items() <= written["results"][0].items()

@@ -47,9 +47,10 @@ def ship(folder: str, name: str) -> None:
     for file in ("training_args.json", RUN_RECORD, "metrics.json"):
         if (Path(folder) / file).is_file():
             shutil.copy(Path(folder) / file, ASSETS / name)
-    for path in (ASSETS / name).rglob("*.json"):
-        config = json.loads(path.read_text())
-        if config.pop("_name_or_path", None) is not None:  # a folder of this machine
+    for path in (ASSETS / name).rglob("*.json"):  # without folders of this machine
+        text = path.read_text()
+        config = json.loads(text.replace(str(Path(folder)), name))
+        if config.pop("_name_or_path", None) is not None or str(Path(folder)) in text:
             write_json(path, config)
     if (notice := Path(folder) / "NOTICE").is_file():
         shutil.copy(notice, ASSETS / name)
