@@ -106,7 +106,7 @@ class TeacherArguments(TrainArguments):
                 samples = CaptionedLatents(teacher, rows, pictures, captions, **how)
             else:
                 samples = PromptEmbeddings(teacher, captions_of(rows, captions), **how)
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and not self.dry_run:
             keep_parts(teacher.pipeline, Path(self.output_dir), teacher.text_encoders())
         accelerator.wait_for_everyone()
         teacher.free_text_encoders()
@@ -191,7 +191,9 @@ def student_hooks(
             return pipeline()
         return teacher.student_pipeline(merged(network), **distiller.student_settings)
 
-    return student_writer(complete, teacher, args, network), validation(teacher, run, args, samples)
+    guidance_scale = getattr(distiller.teacher, "guidance_scale", 1.0)
+    validate = validation(teacher, run, args, samples, guidance_scale=guidance_scale)
+    return student_writer(complete, teacher, args, network), validate
 
 
 def student_writer(
@@ -232,10 +234,11 @@ def compression_hooks(
         return teacher.compressed_pipeline(student.network)
 
     def run(noise, cond, generator):
-        return sample(student, teacher.scheduler, noise, cond, num_inference_steps=num_inference_steps)
+        return sample(student, teacher.reference_scheduler, noise, cond, num_inference_steps=num_inference_steps)
 
     save = student_writer(pipeline, teacher, args, student.network)
-    return save, validation(teacher, run, args, samples, num_inference_steps)
+    guidance_scale = getattr(distiller.teacher, "guidance_scale", 1.0)
+    return save, validation(teacher, run, args, samples, num_inference_steps, guidance_scale)
 
 
 def validation(
@@ -244,11 +247,10 @@ def validation(
     args: TrainArguments,
     samples: Samples | None = None,
     num_inference_steps: int | None = None,
+    guidance_scale: float = 1.0,
 ) -> Callable[[Path], dict[str, float]]:
     """How `train()` shows a student: `samples.png`, below the teacher at so many steps (by default its
     `reference_steps`), and its live numbers. Those of a text-to-image student are of the first `samples`' prompts."""
-    kappas, guidance_scale = getattr(args, "kappas", None), getattr(args, "guidance_scale", 1.0)
-    guidance_scale = kappas[-1] if kappas else guidance_scale
     prompted = teacher.takes_prompts
     if prompted and samples is None:
         return lambda folder: {}

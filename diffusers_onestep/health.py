@@ -25,7 +25,9 @@ from .teacher import Teacher
 Images = Callable[[torch.Tensor, dict[str, Any], torch.Generator | None], torch.Tensor]
 
 WINDOW = 20  # logged updates that the lag is the median of: one batch says little
-LAG_LIMIT = 1.5  # where the fake score follows, |lag| stays below 1
+# where the fake score follows, |lag| stays below 1; but both scores start as one, and a lag that is measured against
+# their small difference may be large then: what counts is that it grows
+LAG_LIMIT, LAG_GROWTH = 1.5, 1.5
 DIVERSITY_LIMIT = 0.5  # of the teacher's
 PATIENCE = 5  # validations since the best
 RISE_LIMIT = 1.5  # of the best distance
@@ -112,7 +114,8 @@ def warnings(lines: list[dict[str, Any]]) -> dict[str, str]:
     """What goes wrong at the end of a log, by kind, in plain words; empty if nothing does."""
     found = {}
     lags = [abs(line["fake_score_lag"]) for line in lines if "fake_score_lag" in line]
-    if len(lags) >= WINDOW and (lag := median(lags[-WINDOW:])) > LAG_LIMIT:
+    lag = median(lags[-WINDOW:]) if len(lags) >= 2 * WINDOW else 0.0
+    if lag > LAG_LIMIT and lag > LAG_GROWTH * median(lags[:WINDOW]):
         found["fake_score_lag"] = (
             f"The fake score does not follow the student: its lag is {lag:.1f} times the difference of the two scores "
             f"(median of {WINDOW} logged updates; below 1 in healthy runs), so the student learns from a stale score. "

@@ -142,7 +142,7 @@ def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str
         and {entry[0] for entry in parts.values()} <= {"diffusers", "transformers"},
         "labels": json.dumps([next(iter(names.values()), 0)]) if count else None,
         "prompts": "text_encoder" in index or bool(settings.get("prompts")),
-        "guidance_scale": settings.get("guidance_scale", 1.0),
+        "guidance_scale": run.get("guidance_scale") or settings.get("guidance_scale", 1.0),
         "teacher": teacher,
         "teacher_source": teacher and _arguments(teacher, run.get("revision"), stock=True),
         "teacher_shipped": teacher is not None and _is_shipped(teacher),

@@ -38,7 +38,7 @@ from .hub import create_model_card
 from .lora import is_adapted, leave_dtypes_to_autocast
 from .methods.base import Batch, Distiller
 from .records import RUN_RECORD, run_record, without_secret_settings
-from .repository import write_json
+from .repository import read_json, write_json
 
 logger = get_logger(__name__)
 
@@ -363,7 +363,8 @@ class Trainer:
         if self.accelerator.num_processes > 1:
             average_gradients(self.accelerator, parameters)
         gradients = [p.grad for p in parameters if p.grad is not None]
-        if self.distiller.sanitize_gradients:
+        # the gradient scaler of fp16 skips such steps, and has to see them
+        if self.distiller.sanitize_gradients and self.accelerator.mixed_precision != "fp16":
             for gradient in gradients:
                 gradient.nan_to_num_(nan=0.0, posinf=1e5, neginf=-1e5)
         if self.max_grad_norm:
@@ -371,7 +372,6 @@ class Trainer:
         else:
             self.accelerator.unscale_gradients(optimizer)
             norm = torch.nn.utils.get_total_norm(gradients)
-        # in fp16 the gradient scaler skips such steps
         if self.accelerator.mixed_precision != "fp16" and not torch.isfinite(norm):
             self.fail(name, norm, "gradient norm")
         self.gradient_norms[name] = norm.detach()
@@ -480,6 +480,7 @@ class Trainer:
 
     def write_repository(self, folder: Path, picture: Path | None = None) -> None:
         """The student, what its card is made of, and the card."""
+        self._put_aside_old_numbers(folder)
         self.save_student(folder)
         if picture is not None and picture.is_file():
             shutil.copy(picture, folder)
@@ -488,6 +489,13 @@ class Trainer:
         write_json(folder / RUN_RECORD, self._record | numbers | {"best_distance": self.best_distance})
         if (folder / "model_index.json").is_file():  # what is saved may be a part of a model
             create_model_card(folder)
+
+    def _put_aside_old_numbers(self, folder: Path) -> None:
+        """What was measured of this folder's student at another step says nothing of the one that comes."""
+        record, measured = folder / RUN_RECORD, folder / "metrics.json"
+        if record.is_file() and measured.is_file() and (step := read_json(record)["steps"]) != self.step:
+            measured.replace(folder / f"metrics-step-{step}.json")
+            (folder / "quality.png").unlink(missing_ok=True)
 
     @property
     def settings(self) -> dict:
@@ -503,7 +511,7 @@ class Trainer:
             getattr(args, "pretrained_teacher_model", None) or getattr(origin, "name", None),
             getattr(args, "revision", None) or getattr(origin, "revision", None),
             getattr(args, "license", None),
-        )
+        ) | {"guidance_scale": getattr(getattr(self.distiller, "teacher", None), "guidance_scale", 1.0)}
 
     def resume(self) -> None:
         """Load the checkpoint that `resume_from_checkpoint` names; "latest" without one starts afresh."""

@@ -27,6 +27,7 @@ def test_a_healthy_log_brings_no_warning():
     assert warnings(log + validations("diversity", 0.3, 0.4, 0.8, 0.9, 0.7)) == {}
     assert warnings([]) == {} and warnings(updates(5.0, WINDOW - 1)) == {}  # too early to say
     assert warnings(updates(5.0) + updates(0.8)) == {}  # over
+    assert warnings(updates(90.0) + updates(30.0)) == {}  # two scores that are still nearly one
 
 
 @pytest.mark.parametrize(
@@ -134,23 +135,30 @@ def test_a_run_keeps_its_health_and_resumes_it(teacher, tmp_path):
 class Losing(Scripted):
     """A method whose fake score has lost its student."""
 
-    diagnostics = {"fake_score_lag": torch.tensor(7.0), "score_gap": torch.tensor(1.0)}
+    logged = 0
+
+    @property
+    def diagnostics(self):
+        self.logged += 1
+        lag = 0.9 if self.logged <= WINDOW else 7.0
+        return {"fake_score_lag": torch.tensor(lag), "score_gap": torch.tensor(1.0)}
 
 
 def test_a_diverging_run_warns_and_stops_if_it_is_asked_to(tmp_path, capsys):
     going, stopping = tmp_path / "going", tmp_path / "stopping"
-    train(Losing(), batches_of(), arguments(going, max_train_steps=WINDOW + 2))
+    train(Losing(), batches_of(), arguments(going, max_train_steps=2 * WINDOW + 2))
     warned = [line for line in read_log(going / "log.jsonl") if "warning" in line]
-    assert [line["step"] for line in warned] == [WINDOW] and "lag is 7.0 times" in warned[0]["warning"]
-    settings = {"max_train_steps": WINDOW + 2, "stop_on_divergence": True}
+    assert [line["step"] for line in warned] == [2 * WINDOW] and "lag is 7.0 times" in warned[0]["warning"]
+    settings = {"max_train_steps": 2 * WINDOW + 2, "stop_on_divergence": True}
     with pytest.raises(SystemExit) as stop:
         train(Losing(), batches_of(), arguments(stopping, **settings))
     assert stop.value.code == 1
     said = capsys.readouterr().out
     assert (
-        f"Stopped by --stop_on_divergence after step {WINDOW}" in said and "Raise `fake_score_learning_rate`" in said
+        f"Stopped by --stop_on_divergence after step {2 * WINDOW}" in said
+        and "Raise `fake_score_learning_rate`" in said
     )
-    assert latest_checkpoint(stopping).name == f"step-{WINDOW:06d}"
+    assert latest_checkpoint(stopping).name == f"step-{2 * WINDOW:06d}"
     # asked to go on, it does: the warning is known
     train(Losing(), batches_of(), arguments(stopping, resume_from_checkpoint="latest", **settings))
-    assert read_log(stopping / "log.jsonl")[-1]["step"] == WINDOW + 2
+    assert read_log(stopping / "log.jsonl")[-1]["step"] == 2 * WINDOW + 2

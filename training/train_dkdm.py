@@ -87,12 +87,12 @@ def trajectory_conditions(teacher: Teacher, samples: Samples, guidance_scale: fl
 
 
 def prepare(distiller: DKDM, args: DKDMArguments, accelerator: Accelerator) -> None:
-    """Fill the reservoir, each process its own, on the device and in the precision of the run; or take the one that an
-    interrupted run has left in the folder."""
+    """Fill the reservoir, each process its own, on the device and in the precision of the run; a run that goes on
+    takes the one that it has left in the folder."""
     if args.dry_run:
         return  # the first update prepares it
     folder = Path(args.output_dir) / "reservoir"
-    if any(folder.glob("reservoir-*.safetensors")):
+    if args.resume_from_checkpoint and any(folder.glob("reservoir-*.safetensors")):
         distiller.load_state(folder, accelerator.process_index, accelerator.num_processes)
         return
     if args.cpu_threads:

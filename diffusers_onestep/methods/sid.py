@@ -130,6 +130,11 @@ class SiD(ScoreDistiller):
             for network in (self.student.network, self.fake_score.network):
                 set_dropout(network, network_dropout)
         if kappas is not None:
+            if self.augment_probability:
+                raise ValueError(
+                    f"`augment_probability` must be 0 together with `kappas`, but is {augment_probability}: guidance "
+                    "has no augmentation labels."
+                )
             self._guide(kappas)
 
     def _guide(self, kappas: float | Sequence[float]) -> None:
@@ -198,6 +203,7 @@ class SiD(ScoreDistiller):
             for network, cotangent in zip(networks, cotangents, strict=True):
                 x0_pred = network(self.student.add_noise(leaf, noise, t), t, cond)
                 direct = direct + torch.autograd.grad(x0_pred, leaf, cotangent)[0]
+        direct = direct.nan_to_num(nan=0.0)  # 0 * inf, of samples that the loss has left out
         # the value of the loss, with the gradient that was just found
         return loss.detach() + (direct.detach() * (x0 - x0.detach())).sum()
 
