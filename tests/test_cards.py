@@ -15,9 +15,10 @@ from diffusers import ConsistencyModelPipeline, DDPMScheduler
 from huggingface_hub import ModelCard
 from test_arguments import script
 
-from diffusers_onestep import DMD, OneStepPipeline, Teacher, create_model_card, train
+from diffusers_onestep import DMD, GuidedDenoiser, OneStepPipeline, Teacher, create_model_card, train
 from diffusers_onestep.arguments import TrainArguments, parse_args
 from diffusers_onestep.data import Batches, Conditions
+from diffusers_onestep.distillation import student_hooks
 from diffusers_onestep.hub import TEMPLATE
 from diffusers_onestep.records import command_line, without_secret_settings, without_secret_words, without_secrets
 
@@ -248,3 +249,24 @@ def test_the_command_is_the_launchers(monkeypatch, parent, own, expected):
     process = type("Process", (), {"cmdline": lambda self: parent, "parent": lambda self: self})
     monkeypatch.setattr("diffusers_onestep.records.psutil.Process", process)
     assert command_line() == expected
+
+
+def test_numbers_of_another_step_are_put_aside(teacher_folder, tmp_path):
+    folder = trained(teacher_folder, tmp_path / "out")
+    row = {"model": "out", "nfe": 1, "metric": "FD-fashion", "value": 1.5, "num_samples": 10, "seed": 0}
+    metrics = {"results": [row | {"images_per_second": 3.0}], "command": "", "hardware": "a machine", "versions": {}}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    teacher = Teacher.from_pretrained(teacher_folder)
+    args = TrainArguments(str(folder), max_train_steps=2, train_batch_size=2, resume_from_checkpoint="latest")
+    train(DMD(teacher), Batches(Conditions(teacher.encode()), 2), args)
+    assert "1.50" not in create_model_card(folder).read_text()
+    assert json.loads((folder / "metrics-step-1.json").read_text()) == metrics
+
+
+def test_guidance_that_is_baked_in_is_in_the_card(teacher_folder, tmp_path):
+    teacher = Teacher.from_pretrained(teacher_folder)
+    distiller = DMD(GuidedDenoiser(teacher.denoiser, 3.0, {"class_labels": torch.tensor([2])}))
+    save, _ = student_hooks(distiller, TrainArguments(str(tmp_path)), teacher)
+    args = TrainArguments(str(tmp_path), max_train_steps=1, train_batch_size=2)
+    train(distiller, Batches(Conditions(teacher.encode()), 2), args, save=save)
+    assert "guidance 3.0 is baked in" in (tmp_path / "README.md").read_text()
