@@ -20,6 +20,7 @@ import torch
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of torch.save before zip files
 _PLAIN = (str, int, float, bytes, type(None))
 _MAX_DEPTH, _MAX_MODULES = 16, 100_000
+_MAX_DIMENSIONS = 16
 
 
 class UnsafeCheckpointError(ValueError):
@@ -109,6 +110,8 @@ def _rebuild_tensor(storage, offset, size, stride, requires_grad=False, hooks=No
     if not isinstance(storage, _Storage) or not all(isinstance(n, int) for n in (offset, *size, *stride)):
         raise UnsafeCheckpointError("it holds a tensor without a storage")
     size, stride, held = tuple(size), tuple(stride), storage.elements.numel()
+    if len(size) > _MAX_DIMENSIONS:  # each of which takes memory
+        raise UnsafeCheckpointError(f"it holds a tensor of {len(size)} dimensions")
     count = 1
     for n in size:
         count *= n
@@ -140,15 +143,13 @@ def _module_class(name: str) -> type[StoredModule]:
     return type(name, (StoredModule,), {"__init__": lambda self: StoredModule.__init__(self, name)})
 
 
-# everything that a file may name
+# everything that a file may name, besides the two functions of `_Reader` that copy bytes
 _GLOBALS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): lambda: OrderedDict(),
     ("dnnlib.util", "EasyDict"): lambda: {},
-    ("_codecs", "encode"): lambda text, encoding="latin1": text.encode("latin1"),
     ("torch_utils.persistence", "_reconstruct_persistent_obj"): _persistent_object,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): lambda data, requires_grad=True, hooks=None: data,
-    ("torch.storage", "_load_from_bytes"): lambda data: _read_legacy(data),
     ("numpy", "dtype"): _Ignored,
     ("numpy", "ndarray"): _Ignored,
     ("builtins", "getattr"): _Ignored,
@@ -180,20 +181,49 @@ class _Bounded:
         return self.file.readline()
 
 
+class _Budget:
+    """Bytes that the functions which a file calls may yet copy. Each of its own bytes is encoded once and loaded once:
+    a file can call a function any number of times on the same bytes."""
+
+    def __init__(self, size: int):
+        self.left = 2 * size
+
+    def spend(self, count: int) -> None:
+        self.left -= count
+        if self.left < 0:
+            raise UnsafeCheckpointError("it copies the same bytes again and again")
+
+
 class _Reader(pickle._Unpickler):
     """The pickle machine without imports. (The one written in Python: its memo is a dict, where the other allocates an
     array up to the largest number that a file states.)"""
 
     dispatch = dict(pickle._Unpickler.dispatch)
 
-    def __init__(self, file: Any, storages: Any = None):
+    def __init__(self, file: Any, budget: _Budget, storages: Any = None):
         super().__init__(file)
-        self._storages = storages
+        self._budget, self._storages = budget, storages
+        self._globals = _GLOBALS | {
+            ("_codecs", "encode"): self.encode,
+            ("torch.storage", "_load_from_bytes"): self.load_from_bytes,
+        }
+
+    def encode(self, text: Any, encoding: Any = "latin1") -> bytes:
+        if not isinstance(text, str):
+            raise UnsafeCheckpointError("it encodes something that is no text")
+        self._budget.spend(len(text))
+        return text.encode("latin1")
+
+    def load_from_bytes(self, data: Any) -> Any:
+        if not isinstance(data, bytes):
+            raise UnsafeCheckpointError("it holds a storage without data")
+        self._budget.spend(len(data))
+        return _read_legacy(data, self._budget)
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _GLOBALS:
+        if (module, name) not in self._globals:
             raise UnsafeCheckpointError(f"it names {module}.{name}, which a checkpoint has no use for")
-        return _GLOBALS[module, name]
+        return self._globals[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
         if self._storages is None:
@@ -202,7 +232,7 @@ class _Reader(pickle._Unpickler):
 
     def load_reduce(self):
         arguments, function = self.stack.pop(), self.stack[-1]
-        if not (isinstance(arguments, tuple) and any(function is allowed for allowed in _GLOBALS.values())):
+        if not (isinstance(arguments, tuple) and any(function is allowed for allowed in self._globals.values())):
             raise UnsafeCheckpointError("it calls something that is no function")
         self.stack[-1] = function(*arguments)
 
@@ -248,6 +278,11 @@ class _Reader(pickle._Unpickler):
     dispatch |= dict.fromkeys(_REFUSED_OPCODES, load_refused)
 
 
+def _check_key(key: Any) -> None:
+    if not isinstance(key, (str, int)):  # hashing or printing nested tuples can take for ever
+        raise UnsafeCheckpointError(f"it names a storage by a {type(key).__name__}, not by a text or a number")
+
+
 class _StorageTable:
     """Storages that a torch file names, `("storage", type, key, location, count)`."""
 
@@ -260,6 +295,7 @@ class _StorageTable:
         _, dtype, key, _, count = pid[:5]
         if not isinstance(count, int) or count < 0 or count * dtype.itemsize > self.limit:
             raise UnsafeCheckpointError(f"it states {count} elements, more than the file holds")
+        _check_key(key)
         if key not in self.storages:
             self.storages[key] = self.fill(str(key), dtype, count)
         return self.storages[key]
@@ -290,20 +326,17 @@ def _elements(data: bytes, dtype: torch.dtype, count: int) -> torch.Tensor:
     return torch.frombuffer(bytearray(data[: count * dtype.itemsize]), dtype=dtype)
 
 
-def _read_legacy(data: bytes) -> Any:
+def _read_legacy(data: bytes, budget: _Budget) -> Any:
     """What `torch.save` wrote before it wrote zip files: four pickles, then the storages."""
-    if not isinstance(data, bytes):
-        raise UnsafeCheckpointError("it holds a storage without data")
-    file = io.BytesIO(data)
-    bounded = _Bounded(file, len(data))
-    magic, protocol = _Reader(bounded).load(), _Reader(bounded).load()
+    bounded = _Bounded(io.BytesIO(data), len(data))
+    magic, protocol = _Reader(bounded, budget).load(), _Reader(bounded, budget).load()
     if (magic, protocol) != (_LEGACY_MAGIC, _LEGACY_PROTOCOL):
         raise ValueError("it holds a storage that torch did not write")
-    _Reader(bounded).load()  # sizes and byte order of the machine
+    _Reader(bounded, budget).load()  # sizes and byte order of the machine
     table = _StorageTable(len(data))
-    content = _Reader(bounded, table).load()
-    for key in _Reader(bounded).load():
-        key = key.decode() if isinstance(key, bytes) else key
+    content = _Reader(bounded, budget, table).load()
+    for key in _Reader(bounded, budget).load():
+        _check_key(key)
         elements = table.storages[key].elements
         (count,) = torch.frombuffer(bytearray(bounded.read(8)), dtype=torch.int64).tolist()
         raw = bounded.read(elements.numel() * elements.element_size())
@@ -314,7 +347,7 @@ def _read_legacy(data: bytes) -> Any:
     return content
 
 
-def _read_zip(path: Path) -> Any:
+def _read_zip(path: Path, budget: _Budget) -> Any:
     with zipfile.ZipFile(path) as archive:
         held = sum(entry.file_size for entry in archive.infolist())
         if held > path.stat().st_size:  # torch stores without compression
@@ -324,7 +357,7 @@ def _read_zip(path: Path) -> Any:
             raise ValueError("it is a zip archive, but none of torch")
         data = archive.read(pickles[0])
         table = _ZipStorages(archive, pickles[0].partition("/")[0], held)
-        return _Reader(_Bounded(io.BytesIO(data), len(data)), table).load()
+        return _Reader(_Bounded(io.BytesIO(data), len(data)), budget, table).load()
 
 
 def read_checkpoint(path: str | os.PathLike) -> Any:
@@ -338,19 +371,21 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"`file` must be a checkpoint, but {str(path)!r} does not exist.")
+    size = path.stat().st_size
+    budget = _Budget(size)
     try:
         with path.open("rb") as file:
             start = file.read(64)
             file.seek(0)
             if start.startswith(b"PK\x03\x04"):
-                return _read_zip(path)
+                return _read_zip(path, budget)
             if path.suffix == ".safetensors":
                 from safetensors.torch import load_file
 
                 return load_file(path)
             if _LEGACY_MAGIC.to_bytes(10, "little") in start:
-                return _read_legacy(file.read())
-            return _Reader(_Bounded(file, path.stat().st_size)).load()
+                return _read_legacy(file.read(), budget)
+            return _Reader(_Bounded(file, size), budget).load()
     except UnsafeCheckpointError as error:
         raise UnsafeCheckpointError(f"`file` {str(path)!r} is refused: {error}.") from None
     except Exception as error:  # a hostile file can raise anything, in anybody's name

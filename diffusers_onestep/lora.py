@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 _ADAPTER = "default"
+_ADAPTABLE = (nn.Linear, nn.Conv2d)
 
 
 def adapted(network: nn.Module, config: LoraConfig) -> nn.Module:
@@ -30,7 +31,7 @@ def adapted(network: nn.Module, config: LoraConfig) -> nn.Module:
             than the rank.
 
     Raises:
-        ValueError: if `network` has adapters, or `config` trains weights of the trunk.
+        ValueError: if `network` has adapters or no layer that takes one, or `config` trains weights of the trunk.
     """
     if is_adapted(network):
         raise ValueError("`network` must have no adapters of its own, but has: fuse and unload them first.")
@@ -41,6 +42,11 @@ def adapted(network: nn.Module, config: LoraConfig) -> nn.Module:
         )
     targets = config.target_modules or _wide_layers(network, config.r)
     if not targets:
+        if not any(isinstance(module, _ADAPTABLE) for module in network.modules()):
+            raise ValueError(
+                "`network` must have linear or convolution layers of torch for adapters to sit on, but "
+                f"{type(network).__name__} has none: train it without `lora`."
+            )
         raise ValueError(f"`r` of `lora` must be less than the width of a layer, but is {config.r}.")
     network.requires_grad_(False)
     shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
@@ -56,9 +62,7 @@ def _wide_layers(network: nn.Module, rank: int) -> list[str]:
     return [
         name
         for name, module in network.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d))
-        and getattr(module, "groups", 1) == 1
-        and min(module.weight.shape[:2]) > rank
+        if isinstance(module, _ADAPTABLE) and getattr(module, "groups", 1) == 1 and min(module.weight.shape[:2]) > rank
     ]
 
 

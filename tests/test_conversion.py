@@ -404,6 +404,20 @@ def hostile_files(folder):
     yield "no pickle", b"<html>404</html>", "no readable checkpoint"
     yield "empty", b"", "no readable checkpoint"
     yield "state of a class", b"\x80\x02cnumpy\ndtype\n}X\x08\x00\x00\x00__init__Nsb.", "sets the state"
+    calls = b"\x80\x02(c%s\nq\x010%sq\x020" + b"h\x01h\x02\x85R" * 100 + b"l."
+    text, stored = io.BytesIO(), b"X" + struct.pack("<I", 4000) + b"a" * 4000
+    torch.save(torch.zeros(1000), text, _use_new_zipfile_serialization=False)
+    data = b"B" + struct.pack("<I", text.tell()) + text.getvalue()
+    yield "encoded a hundred times", calls % (b"_codecs\nencode", stored), "again and again"
+    yield "loaded a hundred times", calls % (b"torch.storage\n_load_from_bytes", data), "again and again"
+    head = b"".join(dump(part, protocol=2) for part in (0x1950A86A20F9469CFC6C, 1001, {}))
+    key = b")" + b"2\x86" * 28  # a tuple of two tuples of two, 28 times over
+    storage = b"\x80\x02(X\x07\x00\x00\x00storagectorch\nFloatStorage\n%sX\x03\x00\x00\x00cpuK\x01tQ."
+    yield "tower of tuples as a storage", head + storage % key, "names a storage by a tuple"
+    named = head + storage % b"K\x00" + b"\x80\x02" + key + b"\x85."
+    yield "tower of tuples in the list of storages", named, "names a storage by a tuple"
+    many = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(%sK\x00(" + b"K\x01" * 1000 + b"t2tR."
+    yield "a thousand dimensions", head + many % storage[2:-1].replace(b"%s", b"K\x00"), "1000 dimensions"
     yield "an innocent list", dump([1, 2, 3]), "none of the kinds"
     tower = b"".join([big, b")", *[b"\x94h" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(60)]])
     yield "tower of tuples as a key", tower + b"}\x85.", "none of the kinds|no readable|refused"

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, tiny_unet
 from diffusers import ConsistencyModelPipeline, EDMEulerScheduler
 
 from diffusers_onestep import (
@@ -26,7 +26,7 @@ from diffusers_onestep.arguments import TrainArguments
 from diffusers_onestep.augmentation import augment
 from diffusers_onestep.data import Batches, Conditions
 from diffusers_onestep.distillation import default_hooks
-from diffusers_onestep.models import shrunk
+from diffusers_onestep.models import SpaceToDepthUNet2DModel, network_from_config, set_dropout, shrunk
 from diffusers_onestep.schedulers import solver_for
 from diffusers_onestep.schedules import karras_sigma
 
@@ -112,6 +112,30 @@ def test_fake_score_alone_sees_augmented_images(teacher_folder):
     assert distiller.student.network.config.dropout == 0.05
     assert distiller.student.network.enc["8x8_block0"].dropout == 0.05
     assert distiller.teacher.network.enc["8x8_block0"].dropout == 0.1
+
+
+def dropouts(network):
+    found = {name: m.p for name, m in network.named_modules() if isinstance(m, torch.nn.Dropout)}
+    return found | {name: m.__dict__["dropout"] for name, m in network.named_modules() if "dropout" in m.__dict__}
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+@pytest.mark.parametrize("make", [tiny_unet, edm_network, SpaceToDepthUNet2DModel])
+def test_dropout_is_that_of_the_saved_network(make, tmp_path):
+    network = make()
+    before = dropouts(network)
+    set_dropout(network, 0.25)
+    network.save_pretrained(tmp_path)
+    assert dropouts(network) == dropouts(type(network).from_pretrained(tmp_path)) != before
+    assert network_from_config(network.config | {"_class_name": type(network).__name__}).config.dropout == 0.25
+    assert set(dropouts(network).values()) == ({0.25} if make is edm_network else {0.0, 0.25})
+    if make is not edm_network:
+        assert all(p == 0 for name, p in dropouts(network).items() if "attentions" in name)
+
+
+def test_dropout_of_a_network_that_has_none_is_refused():
+    with pytest.raises(ValueError, match="`network_dropout` must be None for Linear"):
+        set_dropout(torch.nn.Linear(2, 2), 0.1)
 
 
 def test_networks_without_augmentation_labels_have_none(unet):

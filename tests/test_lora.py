@@ -21,7 +21,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from diffusers_onestep import DMD, Denoiser, FlowSchedule, OneStepPipeline, SiD, Teacher, VPSchedule, train
+from diffusers_onestep import (
+    DMD,
+    Denoiser,
+    EDM2UNet2DModel,
+    EDMUNet2DModel,
+    FlowSchedule,
+    OneStepPipeline,
+    SiD,
+    Teacher,
+    VPSchedule,
+    train,
+)
 from diffusers_onestep.arguments import TrainArguments
 from diffusers_onestep.data import Batches, Conditions
 from diffusers_onestep.lora import adapted, adapter, merged, save_lora_weights
@@ -312,6 +323,30 @@ def test_default_targets_are_the_layers_wider_than_the_rank():
     assert found == {name for name, width in layers.items() if width > 4} and "conv_in" not in found
     few = adapted(network, LoraConfig(r=4, target_modules=["to_q"]))
     assert all(name.endswith("to_q") for name, m in few.named_modules() if hasattr(m, "lora_A"))
+
+
+@pytest.mark.parametrize("architecture", ["ddpmpp", "ncsnpp", "adm"])
+def test_every_wide_layer_of_an_edm_network_is_adapted_and_merges(architecture):
+    torch.manual_seed(0)
+    sizes = {"sample_size": 8, "model_channels": 16, "channel_mult": (1, 2), "layers_per_block": 1}
+    trunk = EDMUNet2DModel(architecture=architecture, **sizes, num_attention_heads=1).double().eval()
+    network = adapted(trunk, LoraConfig(r=4))
+    layers = {name for name, m in network.named_modules() if hasattr(m, "lora_A")}
+    wide = {name.removesuffix(".weight") for name, p in trunk.named_parameters() if min((p.ndim, *p.shape[:2])) > 1}
+    assert layers == {name for name in wide if min(trunk.get_submodule(name).weight.shape[:2]) > 4}
+    assert {"enc.4x4_down.conv0", "dec.8x8_up.conv0", "dec.4x4_in0.qkv"} < layers
+    for parameter in adapter(network).parameters():
+        nn.init.normal_(parameter, std=0.1)
+    x, t = torch.randn(2, 3, 8, 8).double(), torch.zeros(2).double()
+    change = network(x, t).sample - trunk(x, t).sample
+    assert change.abs().max() > 1e-3
+    torch.testing.assert_close(merged(network)(x, t).sample, network(x, t).sample)
+
+
+def test_a_network_of_layers_that_take_no_adapter_is_refused():
+    network = EDM2UNet2DModel(sample_size=8, model_channels=64, channel_mult=(1,), layers_per_block=1)
+    with pytest.raises(ValueError, match=r"`network` must have linear .* layers of torch .* EDM2UNet2DModel has none"):
+        adapted(network, LoraConfig(r=2))
 
 
 def test_what_cannot_be_right_is_refused():

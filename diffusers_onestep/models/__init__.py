@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 import diffusers
+import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
@@ -36,18 +37,29 @@ def network_from_config(config: dict[str, Any]) -> ModelMixin:
     cls = globals().get(str(name)) or getattr(diffusers, str(name), None)
     if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
         raise ValueError(f"`_class_name` of the student's config must be a model of diffusers, but is {name!r}.")
-    return cls.from_config(config)
+    # diffusers would ignore the values that it marks as defaults, changed or not
+    return cls.from_config({key: value for key, value in config.items() if key != "_use_default_values"})
 
 
 def set_dropout(network: nn.Module, probability: float) -> None:
-    """Set the dropout of all layers, and of the config that is saved."""
-    for part in network.modules():
-        if isinstance(part, nn.Dropout):
-            part.p = probability
-        elif isinstance(getattr(part, "dropout", None), float):
-            part.dropout = probability
-    if isinstance(network, ModelMixin) and "dropout" in network.config:
-        network.register_to_config(dropout=probability)
+    """Make the dropout of a network what it would be with `dropout` `probability` in its config, and say so there.
+
+    Raises:
+        ValueError: if its config has no `dropout`.
+    """
+    models = [part for part in network.modules() if isinstance(part, ModelMixin) and "dropout" in part.config]
+    if not models:
+        raise ValueError(f"`network_dropout` must be None for {type(network).__name__}: its config has no `dropout`.")
+    for model in models:
+        model.register_to_config(dropout=probability)
+        with torch.device("meta"):
+            like = network_from_config(dict(model.config) | {"_class_name": type(model).__name__})
+        parts = dict(model.named_modules())
+        for name, other in like.named_modules():
+            if isinstance(other, nn.Dropout):
+                parts[name].p = other.p
+            elif isinstance(vars(other).get("dropout"), float):
+                parts[name].dropout = other.dropout
 
 
 def shrunk(network: nn.Module, factor: float) -> ModelMixin:

@@ -37,42 +37,24 @@ def resample_kernel(taps: tuple[int, ...]) -> torch.Tensor:
     return (taps[:, None] * taps / taps.sum() ** 2)[None, None]
 
 
-class EDMConv2d(nn.Module):
-    """A convolution after resampling by `taps`, in the direction `mode`: "up", "down" or None. `kernel_size` 0 is
-    resampling alone.
+class Resample2d(nn.Module):
+    """Resampling by `taps`, twice as large with `up`, else half."""
 
-    "fused_down" convolves at the full resolution, then resamples without further padding, then adds the bias.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        mode: str | None = None,
-        taps: tuple[int, ...] = (1, 1),
-    ):
+    def __init__(self, taps: tuple[int, ...], *, up: bool):
         super().__init__()
-        self.mode = mode
-        if kernel_size:
-            self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel_size, kernel_size))
-            self.bias = nn.Parameter(torch.zeros(out_channels))
-            nn.init.kaiming_normal_(self.weight, nonlinearity="linear")
-        else:
-            self.weight = self.bias = None
-        if mode is not None:
-            self.register_buffer("resample_filter", resample_kernel(taps), persistent=False)
+        self.up = up
+        self.register_buffer("resample_filter", resample_kernel(taps), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.mode == "fused_down":
-            padding = self.weight.shape[-1] // 2 + (self.resample_filter.shape[-1] - 1) // 2
-            x = resample(F.conv2d(x, self.weight, padding=padding), self.resample_filter, padding=0)
-            return x + self.bias.reshape(1, -1, 1, 1)
-        if self.mode is not None:
-            x = resample(x, self.resample_filter, up=self.mode == "up")
-        if self.weight is None:
-            return x
-        return F.conv2d(x, self.weight, self.bias, padding=self.weight.shape[-1] // 2)
+        return resample(x, self.resample_filter, up=self.up)
+
+
+def convolution(in_channels: int, out_channels: int, kernel_size: int, padding: int = 0) -> nn.Conv2d:
+    """A convolution that keeps the resolution, or adds `padding` pixels more on all sides, at its initial weights."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2 + padding)
+    nn.init.kaiming_normal_(conv.weight, nonlinearity="linear")
+    nn.init.zeros_(conv.bias)
+    return conv
 
 
 def group_norm(channels: int, eps: float) -> nn.GroupNorm:
@@ -108,24 +90,27 @@ class EDMUNetBlock(nn.Module):
         self.scale = 1.0 if adm else 0.5**0.5
         eps = 1e-5 if adm else 1e-6
         self.norm0 = group_norm(in_channels, eps)
-        self.conv0 = EDMConv2d(in_channels, out_channels, 3, mode, taps)
+        self.resample = Resample2d(taps, up=mode == "up") if mode is not None else None
+        self.conv0 = convolution(in_channels, out_channels, 3)
         self.affine = nn.Linear(emb_channels, out_channels * (2 if adm else 1))
         self.norm1 = group_norm(out_channels, eps)
-        self.conv1 = EDMConv2d(out_channels, out_channels, 3)
+        self.conv1 = convolution(out_channels, out_channels, 3)
         self.skip = None
-        if in_channels != out_channels or mode is not None:
-            # ADM resamples the skip path without a convolution
-            kernel_size = 1 if in_channels != out_channels or not adm else 0
-            self.skip = EDMConv2d(in_channels, out_channels, kernel_size, mode, taps)
+        # ADM resamples the skip path without a convolution
+        if in_channels != out_channels or (mode is not None and not adm):
+            self.skip = convolution(in_channels, out_channels, 1)
         if heads:
             self.norm2 = group_norm(out_channels, eps)
-            self.qkv = EDMConv2d(out_channels, 3 * out_channels, 1)
-            self.proj = EDMConv2d(out_channels, out_channels, 1)
+            self.qkv = convolution(out_channels, 3 * out_channels, 1)
+            self.proj = convolution(out_channels, out_channels, 1)
         for last in (self.conv1, *([self.proj] if heads else [])):
             nn.init.normal_(last.weight, std=1e-5)  # blocks start as identities
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        h = self.conv0(F.silu(self.norm0(x)))
+        h = F.silu(self.norm0(x))
+        if self.resample is not None:
+            x, h = self.resample(x), self.resample(h)
+        h = self.conv0(h)
         style = self.affine(emb)[:, :, None, None]
         if self.adm:
             scale, shift = style.chunk(2, dim=1)
@@ -275,6 +260,7 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin):
             raise ValueError("`architecture` 'adm' must have its own embedding, encoder, decoder and resampling.")
         self.encoder_type, self.decoder_type = encoder_type, decoder_type
         self.gradient_checkpointing = False
+        self.register_buffer("aux_kernel", resample_kernel(taps), persistent=False)
         emb_channels = model_channels * channel_mult_emb
         widths = [int(model_channels * mult) for mult in channel_mult]
         sizes = [sample_size >> level for level in range(len(widths))]
@@ -307,14 +293,14 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin):
             name = f"{size}x{size}"
             if level == 0:
                 current = width if adm else model_channels
-                self.enc[f"{name}_conv"] = EDMConv2d(in_channels, current, 3)
+                self.enc[f"{name}_conv"] = convolution(in_channels, current, 3)
             else:
                 self.enc[f"{name}_down"] = block(current, current, mode="down")
                 if encoder_type == "skip":
-                    self.enc[f"{name}_aux_down"] = EDMConv2d(aux, aux, 0, "down", taps)
-                    self.enc[f"{name}_aux_skip"] = EDMConv2d(aux, current, 1)
+                    self.enc[f"{name}_aux_down"] = Resample2d(taps, up=False)
+                    self.enc[f"{name}_aux_skip"] = convolution(aux, current, 1)
                 elif encoder_type == "residual":
-                    self.enc[f"{name}_aux_residual"] = EDMConv2d(aux, current, 3, "fused_down", taps)
+                    self.enc[f"{name}_aux_residual"] = convolution(aux, current, 3, padding=(len(taps) - 1) // 2)
                     aux = current
             pushed.append(current)
             for i in range(layers_per_block):
@@ -338,12 +324,12 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin):
                 current = width
             if not adm and (decoder_type == "skip" or level == 0):
                 if decoder_type == "skip" and level < len(widths) - 1:
-                    self.dec[f"{name}_aux_up"] = EDMConv2d(out_channels, out_channels, 0, "up", taps)
+                    self.dec[f"{name}_aux_up"] = Resample2d(taps, up=True)
                 self.dec[f"{name}_aux_norm"] = group_norm(current, eps)
-                self.dec[f"{name}_aux_conv"] = EDMConv2d(current, out_channels, 3)
+                self.dec[f"{name}_aux_conv"] = convolution(current, out_channels, 3)
         if adm:
             self.out_norm = group_norm(current, eps)
-            self.out_conv = EDMConv2d(current, out_channels, 3)
+            self.out_conv = convolution(current, out_channels, 3)
 
     def embed(
         self, c_noise: torch.Tensor, class_labels: torch.Tensor | None, augment_labels: torch.Tensor | None
@@ -394,7 +380,9 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin):
             elif name.endswith("_aux_skip"):
                 x = skips[-1] = x + layer(aux)
             elif name.endswith("_aux_residual"):
-                x = skips[-1] = aux = (x + layer(aux)) * 0.5**0.5
+                # convolved at the full resolution, with the padding that resampling leaves out
+                aux = resample(layer(aux), self.aux_kernel, padding=0)
+                x = skips[-1] = aux = (x + aux) * 0.5**0.5
             else:
                 x = self._run(layer, x, emb)
                 skips.append(x)
