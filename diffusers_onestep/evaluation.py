@@ -18,6 +18,7 @@ from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline, SchedulerMixin
 from tqdm.auto import tqdm
 
+from .families import family_of
 from .features import CLIP, Extractor, load_extractor
 from .metrics import (
     agreement_points,
@@ -113,10 +114,13 @@ def sample_shape(pipeline: Teacher | DiffusionPipeline) -> tuple[int, int, int]:
     """`(C, H, W)` of the noises that a model starts from."""
     if hasattr(pipeline, "sample_shape"):
         return tuple(pipeline.sample_shape)
-    config = network_of(pipeline).config
-    size = config.sample_size
+    network, family = network_of(pipeline), family_of(pipeline)
+    if family is not None:
+        height, width = (side // pipeline.vae_scale_factor for side in family.default_size(pipeline))
+        return family.latent_channels(network), height, width
+    size = network.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
-    return config.in_channels, height, width
+    return network.config.in_channels, height, width
 
 
 def network_of(pipeline: Teacher | DiffusionPipeline) -> torch.nn.Module:
@@ -185,20 +189,24 @@ def sampler(
                 )
 
             return run
-        pipeline, guidance_scale = pipeline.pipeline, 1.0 if guidance_scale is None else guidance_scale
+        guidance = pipeline.family.guidance(pipeline, 1.0 if guidance_scale is None else guidance_scale)
+        pipeline = pipeline.pipeline
+    else:
+        guidance = {"guidance_scale": guidance_scale}
     if scheduler is not None:
         raise ValueError("`scheduler` must be None for a student, which has its own, and for text-to-image models.")
     pipeline.set_progress_bar_config(disable=True)
-    given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    given = {"num_inference_steps": num_inference_steps} | guidance
     given = {k: v for k, v in given.items() if v is not None}
-    device, prompted = pipeline.device, takes_prompts(pipeline)
+    device, prompted, family = pipeline.device, takes_prompts(pipeline), family_of(pipeline)
 
     @torch.no_grad()
     def run(noise, cond, generator):
         cond = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in cond.items()}
         latents = noise.to(device, network_of(pipeline).dtype)
         output = "pt" if prompted else "latent"
-        images = pipeline(latents=latents, generator=generator, output_type=output, **cond, **given).images
+        start = family.start(pipeline, latents) if family else {"latents": latents}
+        images = pipeline(**start, generator=generator, output_type=output, **cond, **given).images
         return picture(2 * images - 1) if prompted else picture(images)
 
     return run

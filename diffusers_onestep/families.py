@@ -4,11 +4,13 @@ A family's `embed` gives what depends on the prompt alone, and can be kept on di
 the image. Both together are the `cond` of the network.
 """
 
+import copy
 import inspect
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, __version__
+from torch import nn
 
 Cond = dict[str, torch.Tensor]
 
@@ -56,6 +58,30 @@ class Family:
         size = getattr(pipeline, self.network).config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor
+
+    def replaced(self, teacher: Any, network: nn.Module) -> dict[str, Any]:
+        """What a student's pipeline has instead of the teacher's: its network, with the trained size in its config."""
+        height, width = teacher.sample_shape[1:]
+        if height != width or height == network.config.sample_size:  # stock pipelines default to squares
+            return {self.network: network}
+        settings = self.size_settings(network, height)
+        network = copy.copy(network)  # the same weights with a config of its own
+        # stock Stable Diffusion takes a size below 64 for a mistake in configs of old versions
+        network.register_to_config(sample_size=height, _diffusers_version=__version__, **settings)
+        return {self.network: network}
+
+    def size_settings(self, network: nn.Module, size: int) -> dict[str, Any]:
+        """What else is to change in the config when its `sample_size` does, for the network to stay the same."""
+        return {}
+
+    def guidance(self, teacher: Any, guidance_scale: float) -> dict[str, Any]:
+        """Arguments of the teacher's stock call for classifier-free guidance."""
+        return {"guidance_scale": guidance_scale}
+
+    def start(self, pipeline: DiffusionPipeline, latents: torch.Tensor) -> dict[str, Any]:
+        """Arguments of a stock call to start at `latents` `(B, C, H, W)`."""
+        height, width = (side * pipeline.vae_scale_factor for side in latents.shape[-2:])
+        return {"latents": latents, "height": height, "width": width}
 
 
 class StableDiffusionXL(Family):
@@ -115,10 +141,27 @@ class Flux(Family):
         size = pipeline.default_sample_size * pipeline.vae_scale_factor
         return size, size
 
+    def replaced(self, teacher, network):
+        height, width = teacher.sample_shape[1:]
+        given = {self.network: network}
+        if height == width:
+            given["default_sample_size"] = height
+        if network.config.guidance_embeds:
+            given["embedded_guidance"] = teacher.embedded_guidance
+        return given
+
+    def guidance(self, teacher, guidance_scale):
+        given = {"guidance_scale": teacher.embedded_guidance}
+        return given if guidance_scale == 1.0 else given | {"true_cfg_scale": guidance_scale, "negative_prompt": ""}
+
+    def start(self, pipeline, latents):
+        return super().start(pipeline, latents) | {"latents": pipeline._pack_latents(latents, *latents.shape)}
+
 
 class PixArt(Family):
     stock = "PixArtAlphaPipeline"
     network = "transformer"
+    patches = "pos_embed"  # the network's layer that knows positions
 
     def embed(self, pipeline, prompts):
         embeddings, mask, _, _ = pipeline.encode_prompt(
@@ -143,6 +186,17 @@ class PixArt(Family):
             "aspect_ratio": torch.tensor([[height / width]]).repeat(batch_size, 1),
         }
 
+    def size_settings(self, network, size):
+        given, layer = {}, getattr(network, self.patches)
+        if layer.pos_embed is not None:  # positions are in units of `sample_size / interpolation_scale`
+            given["interpolation_scale"] = layer.interpolation_scale * (size // layer.patch_size) / layer.base_size
+        if hasattr(network, "use_additional_conditions"):  # by default told from `sample_size`
+            given["use_additional_conditions"] = network.use_additional_conditions
+        return given
+
+    def start(self, pipeline, latents):
+        return super().start(pipeline, latents) | {"use_resolution_binning": False}
+
 
 class PixArtSigma(PixArt):
     stock = "PixArtSigmaPipeline"
@@ -150,6 +204,7 @@ class PixArtSigma(PixArt):
 
 class Sana(PixArt):
     stock = "SanaPipeline"
+    patches = "patch_embed"
 
     def settings(self, pipeline):
         # the instruction that the stock call puts before every prompt, but for the negative one

@@ -62,8 +62,9 @@ class Watch:
         guidance_scale: float = 1.0,
     ):
         own = "fashion" if teacher.sample_shape == FashionCNN.input_shape else "effnet-lite0"
-        device = next(teacher.denoiser.network.parameters()).device
-        self.extractor = load_extractor(args.validation_extractor or own, device=device)
+        self.extractor = load_extractor(args.validation_extractor or own)
+        # latents are decoded too: no more of them than the run itself has room for
+        self.batch_size = min(BATCH_SIZE, args.train_batch_size) if teacher.takes_prompts else BATCH_SIZE
         self.teacher, self.decode = teacher, decode
         self.settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         labels = None if cond else teacher.num_labels
@@ -75,6 +76,7 @@ class Watch:
             self.reference = Reference.load(args.validation_reference, self.extractor)
 
     def __call__(self, student: Images) -> dict[str, float]:
+        self.extractor.to(next(self.teacher.denoiser.network.parameters()).device)  # which training moves
         if not hasattr(self, "teacher_diversity"):
             self._sample_teacher()
         features, saturation = self._features(student, len(self.noise))
@@ -101,7 +103,7 @@ class Watch:
         """Features of images of the first noises, and the share of pixels beyond [-1, 1]."""
         features, clipped = [], 0.0
         rows = len(next(iter(self.cond.values()))) if self.cond else number
-        for places in torch.arange(number).split(BATCH_SIZE):
+        for places in torch.arange(number).split(self.batch_size):
             generator = torch.Generator().manual_seed(places[0].item())
             x0 = images(self.noise[places], part_of(self.cond, places % rows), generator)
             x0 = self.decode(x0) if self.decode else x0

@@ -105,7 +105,8 @@ class Teacher:
         variant: str | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
-        **settings: Any,
+        resolution: int | tuple[int, int] | None = None,
+        embedded_guidance: float = 3.5,
     ) -> "Teacher":
         """Load a diffusers pipeline without running it.
 
@@ -115,7 +116,7 @@ class Teacher:
             variant (`str`, *optional*): of the weights, such as `"fp16"`.
             dtype (`torch.dtype`, *optional*): of the weights; arithmetic outside the network is float32 all the same.
             device (`str` or `torch.device`, *optional*): where to put it.
-            settings: `resolution` and `embedded_guidance`, as the class takes them.
+            resolution, embedded_guidance: as the class takes them.
         """
         path = resolve_model(path_or_id)
         index = load_index(path, revision=revision)
@@ -125,7 +126,7 @@ class Teacher:
             )
         if device is not None:
             pipeline.to(device)
-        teacher = cls(pipeline, index.get("id2label"), **settings)
+        teacher = cls(pipeline, index.get("id2label"), resolution=resolution, embedded_guidance=embedded_guidance)
         teacher.name, teacher.revision = str(path_or_id), revision
         return teacher
 
@@ -274,10 +275,7 @@ class Teacher:
         from .pipelines import pipeline_text_to_image
 
         cls = getattr(pipeline_text_to_image, self.family.student)
-        replaced = {self.network_name: network, "scheduler": scheduler}
-        if network.config.get("guidance_embeds"):
-            replaced["embedded_guidance"] = self.embedded_guidance
-        return cls.of(self.pipeline, **replaced)
+        return cls.of(self.pipeline, scheduler=scheduler, **self.family.replaced(self, network))
 
 
 def _prediction_type(scheduler: Any, schedule: NoiseSchedule) -> str:

@@ -13,14 +13,27 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from families import tiny_pipeline
 from test_extractors import tiny_clip
+from test_text_to_image import run_script
 from test_trainer import run, script
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffusers_onestep import Metrics, OneStepPipeline, Teacher, evaluate
-from diffusers_onestep.evaluation import METRICS, Score, generate, markdown_table, measure, write_metrics
+from diffusers_onestep.evaluation import (
+    METRICS,
+    Score,
+    conditions,
+    evaluations_of,
+    generate,
+    markdown_table,
+    measure,
+    sampler,
+    write_metrics,
+)
 from diffusers_onestep.features import FashionCNN, load_extractor
 from diffusers_onestep.reference import Reference
+from diffusers_onestep.sampling import picture
 from diffusers_onestep.schedulers import solver_for
 
 OF_PIXELS = [metric for metric in METRICS if metric != "clip_score"]
@@ -141,6 +154,34 @@ def test_text_to_image_models_are_measured_by_prompts(tmp_path):
         evaluate(pipe, num_samples=2, extractor=clip, metrics=("diversity",))
     with pytest.raises(ValueError, match="`prompts` must be None for a pixel model"):
         evaluate(OneStepPipeline.from_pretrained("fashion32-onestep"), num_samples=2, prompts=prompts)
+
+
+@pytest.mark.parametrize("family", ["flux", "pixart", "sana"])
+def test_teachers_of_every_family_and_size_are_sampled_as_in_training(family):
+    pipeline = tiny_pipeline(family)
+    if family == "pixart":
+        pipeline.scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
+    teacher = Teacher(pipeline, resolution=64 if family == "sana" else 32, embedded_guidance=2.5)
+    prompts = ["a cat", "snow"]
+    noise, cond = conditions(teacher, 2, 0, prompts)
+    for guidance_scale in (1.0, 3.0):
+        settings = {"num_inference_steps": 2, "guidance_scale": guidance_scale}
+        expected = picture(teacher.decode(teacher.sample(noise, teacher.encode(prompts), **settings)))
+        found = sampler(teacher, **settings)(noise, cond, None)
+        assert found.shape == expected.shape and (found.int() - expected.int()).abs().max() <= 1
+    network = teacher.denoiser.network
+    student = teacher.student_pipeline(network, student_timesteps=[999], init_noise_sigma=1.0)
+    assert torch.equal(conditions(student, 2, 0, prompts)[0], noise)
+    with evaluations_of(student.transformer) as seen:
+        assert sampler(student)(noise, cond, None).shape == expected.shape
+    assert seen == [2]
+
+
+def test_the_script_reads_prompts_as_training_does(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("café", encoding="latin-1")
+    with pytest.raises(ValueError, match="`prompts` must be a UTF-8 file of one prompt a line"):
+        run_script("evaluate", "--prompts", prompts, "--metrics", "diversity", "--output_dir", tmp_path)
 
 
 def test_what_cannot_be_measured_is_refused():

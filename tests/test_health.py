@@ -1,9 +1,11 @@
+import copy
 import json
 
 import pytest
 import torch
 from conftest import tiny_unet
 from diffusers import ConsistencyModelPipeline, DDPMScheduler, DiffusionPipeline
+from families import tiny_pipeline
 from test_trainer import Scripted, arguments, batches_of
 
 from diffusers_onestep import OneStepPipeline, SiD, Teacher, train
@@ -103,6 +105,29 @@ def test_latents_are_decoded_and_conditions_taken_in_turn(teacher):
         return 3 * torch.ones_like(noise)
 
     assert watch(student)["saturation"] == 1.0 and seen == [[2, 0, 2, 0, 2]]
+
+
+def test_latents_are_decoded_no_more_at_a_time_than_are_trained():
+    teacher = Teacher(tiny_pipeline("sd"))
+    args = TrainArguments(output_dir="unused", validation_samples=5, train_batch_size=2)
+    cond, sizes = teacher.encode(["a cat"]), []
+    watch = Watch(teacher, args, cond=cond, decode=teacher.decode, num_inference_steps=1)
+
+    def student(noise, cond, generator):
+        sizes.append(len(noise))
+        return noise
+
+    watch(student)
+    assert sizes == [2, 2, 1]
+
+
+def test_features_are_computed_where_training_has_put_the_teacher(teacher):
+    watch = Watch(teacher, TrainArguments(output_dir="unused", validation_samples=2), num_inference_steps=1)
+    watch.teacher = copy.deepcopy(teacher)
+    watch.teacher.denoiser.network.to("meta")  # no images come from there, but the extractor has followed
+    with pytest.raises(RuntimeError):
+        watch(lambda noise, cond, generator: noise)
+    assert next(watch.extractor.parameters()).device.type == "meta"
 
 
 def test_a_run_keeps_its_health_and_resumes_it(teacher, tmp_path):

@@ -12,6 +12,7 @@ from families import tiny_pipeline
 from hub_server import LocalHub
 
 from diffusers_onestep import DistilledDDIMScheduler, OneStepPipeline, Teacher
+from diffusers_onestep.evaluation import sample_shape
 from diffusers_onestep.pipelines import pipeline_text_to_image
 
 FOUR = [999, 749, 499, 249]
@@ -58,6 +59,32 @@ def test_one_call_of_the_network_is_the_denoiser_of_training(family):
     with torch.no_grad():
         expected = teacher.denoiser(noise, t, teacher.encode(["a", "b"]))
     torch.testing.assert_close(x0, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux", "pixart", "sana"])
+def test_students_of_another_resolution_default_to_it(family, tmp_path):
+    pipeline, side = tiny_pipeline(family), 64 if family == "sana" else 32
+    network = getattr(pipeline, "unet", None) or pipeline.transformer
+    if family == "sana":  # with positions, as PixArt has them
+        network = type(network).from_config(network.config, interpolation_scale=2.0).eval()
+        pipeline.register_modules(transformer=network)
+    if family == "sd":  # as checkpoints of Stable Diffusion 1.x say
+        network.register_to_config(_diffusers_version="0.6.0")
+    before = dict(network.config)
+    teacher = Teacher(pipeline, resolution=side)
+    own = teacher.student_pipeline(network, student_timesteps=[999], init_noise_sigma=1.0)
+    assert dict(network.config) == before
+    own.save_pretrained(tmp_path)
+    loaded = OneStepPipeline.from_pretrained(tmp_path)
+    binning = {"use_resolution_binning": False} if family in ("pixart", "sana") else {}
+    for pipe in (own, loaded):
+        pipe.set_progress_bar_config(disable=True)
+        assert sample_shape(pipe) == teacher.sample_shape
+    assert [image(pipe, **binning).shape[1:3] for pipe in (own, loaded)] == [(side, side)] * 2
+    noise, t, cond = torch.randn(1, *teacher.sample_shape), torch.full((1,), 999), teacher.encode(["a cat"])
+    with torch.no_grad():
+        expected, found = teacher.denoiser(noise, t, cond), Teacher(loaded).denoiser(noise, t, cond)
+    torch.testing.assert_close(found, expected)
 
 
 def test_what_would_be_silently_wrong_is_refused():

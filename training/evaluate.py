@@ -42,6 +42,7 @@ from diffusers_onestep.evaluation import (
     write_metrics,
 )
 from diffusers_onestep.features import EXTRACTORS, load_extractor
+from diffusers_onestep.prompts import read_prompts
 from diffusers_onestep.records import command_line
 from diffusers_onestep.reference import Reference
 
@@ -91,14 +92,6 @@ def model_steps(pipeline: DiffusionPipeline, args: EvaluateArguments) -> list[in
             f"`num_inference_steps` must be given for a model with a {type(pipeline.scheduler).__name__}, but is None."
         )
     return list(steps)
-
-
-def read_prompts(path: str) -> list[str]:
-    """The lines of a file."""
-    prompts = [line for line in Path(path).read_text().splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"`prompts` must be a file with a prompt a line, but {path!r} has none.")
-    return prompts
 
 
 def main(args: EvaluateArguments) -> None:

@@ -175,6 +175,11 @@ class OneStepSanaPipeline(OneStepTextToImageMixin, SanaPipeline):
 
     _scales_noise = False
 
+    def check_student_inputs(self, given):
+        super().check_student_inputs(given)
+        for side in ("height", "width"):  # the stock default is 1024, whatever the network
+            given.setdefault(side, self.transformer.config.sample_size * self.vae_scale_factor)
+
 
 class OneStepFluxPipeline(OneStepTextToImageMixin, FluxPipeline):
     r"""
@@ -183,6 +188,8 @@ class OneStepFluxPipeline(OneStepTextToImageMixin, FluxPipeline):
     Parameters:
         embedded_guidance (`float`, *optional*): What the network's guidance embedding was fed in training; the default
             and only allowed `guidance_scale` of a call.
+        default_sample_size (`int`, *optional*, defaults to 128): Height and width of the latents that it was trained
+            on, the default of a call.
     """
 
     _guidance_argument = "true_cfg_scale"
@@ -200,6 +207,7 @@ class OneStepFluxPipeline(OneStepTextToImageMixin, FluxPipeline):
         image_encoder=None,
         feature_extractor=None,
         embedded_guidance: float | None = None,
+        default_sample_size: int = 128,
     ):
         super().__init__(
             scheduler,
@@ -212,7 +220,8 @@ class OneStepFluxPipeline(OneStepTextToImageMixin, FluxPipeline):
             image_encoder,
             feature_extractor,
         )
-        self.register_to_config(embedded_guidance=embedded_guidance)
+        self.register_to_config(embedded_guidance=embedded_guidance, default_sample_size=default_sample_size)
+        self.default_sample_size = default_sample_size
 
     def own_guidance(self):
         return self.config.embedded_guidance or 1.0
