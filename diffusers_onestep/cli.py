@@ -16,6 +16,7 @@ def main(argv: list[str] | None = None) -> None:
     quick.add_argument("--output_dir", default="onestep-quickstart", help="where the student and samples.png go")
     quick.add_argument("--max_train_steps", type=int, default=150, help="student updates")
     quick.add_argument("--num_samples", type=int, default=1000, help="images per row of the final table")
+    quick.add_argument("--resume_from_checkpoint", choices=["latest"], help="go on where Ctrl-C has stopped it")
     quick.set_defaults(run=quickstart)
     sampling = commands.add_parser("sample", help="write a picture of a student's images")
     sampling.add_argument("model", help="a folder, a Hub id or a shipped name")
@@ -59,7 +60,9 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"onestep: {error}") from error
 
 
-def quickstart(output_dir: str, max_train_steps: int, num_samples: int) -> None:
+def quickstart(
+    output_dir: str, max_train_steps: int, num_samples: int, resume_from_checkpoint: str | None = None
+) -> None:
     """Distil `fashion32` by SiD and compare: teacher, fresh student, shipped student."""
     import torch
 
@@ -71,8 +74,10 @@ def quickstart(output_dir: str, max_train_steps: int, num_samples: int) -> None:
     from .records import command_line
 
     started = time.perf_counter()
-    shutil.rmtree(Path(output_dir) / "checkpoints", ignore_errors=True)  # of an earlier quickstart
-    torch.set_num_threads(os.cpu_count() or 1)
+    if resume_from_checkpoint is None:
+        shutil.rmtree(Path(output_dir) / "checkpoints", ignore_errors=True)  # of an earlier quickstart
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(os.cpu_count() or 1)
     teacher = Teacher.from_pretrained("fashion32")
     method, loop = FASHION32_QUICKSTART["method"], FASHION32_QUICKSTART["loop"]
     args = DistillationArguments(
@@ -81,6 +86,7 @@ def quickstart(output_dir: str, max_train_steps: int, num_samples: int) -> None:
         max_train_steps=max_train_steps,
         checkpointing_steps=max_train_steps,
         checkpoints_total_limit=1,
+        resume_from_checkpoint=resume_from_checkpoint,
         **loop,
     )
     print(f"Distilling fashion32 into one step with SiD: {max_train_steps} updates of {args.train_batch_size} images.")

@@ -29,10 +29,14 @@ def shipped_model(name: str) -> Path:
     Raises:
         ValueError: if there is none of this name; lists those that there are.
     """
-    names = sorted(index.parent.name for index in ASSETS.glob("*/model_index.json"))
-    if name not in names:
-        raise ValueError(f"`name` must be one of the shipped models {names}, but is {name!r}.")
+    if name not in shipped_names():
+        raise ValueError(f"`name` must be one of the shipped models {shipped_names()}, but is {name!r}.")
     return ASSETS / name
+
+
+def shipped_names() -> list[str]:
+    """The models that `shipped_model` knows."""
+    return sorted(index.parent.name for index in ASSETS.glob("*/model_index.json"))
 
 
 def resolve_model(path_or_id: str | os.PathLike) -> str:
@@ -54,7 +58,7 @@ def load_index(path_or_id: str, **hub: Any) -> dict[str, Any]:
         ValueError: if there is no such repository or revision, or no access to it, or it holds no pipeline.
         ConnectionError: if the Hub cannot be reached and the file is not in its cache.
     """
-    about = f"{path_or_id!r} must be a folder of a model, a shipped model or a Hub repository, but"
+    about = f"{path_or_id!r} must be a folder of a model, a shipped model {shipped_names()} or a Hub repository, but"
     if Path(path_or_id).is_dir():
         file = Path(path_or_id) / "model_index.json"
         if not file.is_file():
@@ -74,8 +78,8 @@ def load_index(path_or_id: str, **hub: Any) -> dict[str, Any]:
         ) from error
     except LocalEntryNotFoundError as error:
         raise ConnectionError(
-            f"{path_or_id!r} is not in the cache, and the Hub could not be reached (or HF_HUB_OFFLINE is set): "
-            "try again when it can."
+            f"{path_or_id!r} is no folder, no shipped model {shipped_names()} and not in the cache, and the Hub could "
+            "not be reached (or HF_HUB_OFFLINE is set): try again when it can."
         ) from error
     except EntryNotFoundError as error:
         raise ValueError(f"{about} has no model_index.json: it holds no pipeline.") from error
