@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import ConsistencyModelPipeline, DDPMScheduler, UNet2DModel
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +25,13 @@ def tiny_unet(classes=None, seed=0, size=16, channels=1):
         down_block_types=("DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D"),
     ).eval()
+
+
+@pytest.fixture(autouse=True)
+def own_accelerator():
+    """Each test with the precision that it asks for: accelerate keeps the first one for the process."""
+    yield
+    AcceleratorState._reset_state()
 
 
 @pytest.fixture
