@@ -234,8 +234,9 @@ def test_pixel_teachers_take_no_prompts(folders, tmp_path):
 
 
 def test_two_real_ranks_equal_one_process(folders, tmp_path):
-    """SiD-LSG with the same global batch of 4; both ranks encode prompts into one cache."""
-    settings = {"kappas": 1.5, "adam_epsilon": 1.0, "learning_rate": 1.0, "alpha": 1.0}
+    """SiD-LSG with the same global batch of 4; both ranks encode prompts into one cache. (At a large rate the second
+    update would magnify the rounding of the first.)"""
+    settings = {"kappas": 1.5, "adam_epsilon": 1.0, "learning_rate": 1e-3, "alpha": 1.0}
     one, two = tmp_path / "one", tmp_path / "two"
     command = [sys.executable, str(ROOT / "training" / "train_sid.py")]
     more = {"cache_dir": tmp_path / "cache", **settings}
@@ -251,5 +252,5 @@ def test_two_real_ranks_equal_one_process(folders, tmp_path):
     assert (two / "checkpoints" / "step-000002" / "random_states_1.pkl").is_file()  # there really were two
     start, *results = (_weights(folder / "unet") for folder in (folders / "sd", one, two))
     first, second = (torch.cat([(result[key] - start[key]).flatten() for key in start]) for result in results)
-    assert first.abs().max() > 1e-4
+    assert first.abs().max() > 1e-7
     torch.testing.assert_close(first, second, rtol=0, atol=2e-3 * first.abs().max().item())
