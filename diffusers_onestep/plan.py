@@ -31,7 +31,7 @@ from .methods.sid import SiD
 from .models import network_from_config
 from .repository import resolve_model
 from .schedules import NoiseSchedule
-from .teacher import _prediction_type
+from .teacher import prediction_type_of
 from .trainer import HalfLifeEMA, configure_networks
 
 METHODS = {"sid": SiD, "dmd": DMD}
@@ -175,7 +175,7 @@ def plan_step(network_config: dict, scheduler: Any, args: PlanArguments, vae_sca
     with torch.device("meta"):
         network = network_from_config(network_config).requires_grad_(False)
     schedule = NoiseSchedule.from_scheduler(scheduler)
-    teacher: Denoiser | GuidedDenoiser = Denoiser(network, schedule, _prediction_type(scheduler, schedule))
+    teacher: Denoiser | GuidedDenoiser = Denoiser(network, schedule, prediction_type_of(scheduler, schedule))
     cond = example_cond(network, args.train_batch_size)
     if args.guidance_scale != 1.0:
         teacher = GuidedDenoiser(teacher, args.guidance_scale, {k: v[:1] for k, v in cond.items()})

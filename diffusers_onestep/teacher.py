@@ -73,7 +73,7 @@ class Teacher:
         self.id2label = named_labels(id2label, network)
         self.scheduler = pipeline.scheduler
         schedule = NoiseSchedule.from_scheduler(self.scheduler)
-        self.denoiser = Denoiser(network, schedule, _prediction_type(self.scheduler, schedule))
+        self.denoiser = Denoiser(network, schedule, prediction_type_of(self.scheduler, schedule))
         self._null: dict[str, torch.Tensor] | None = None
         if self.family is None:
             if resolution is not None:
@@ -278,7 +278,8 @@ class Teacher:
         return cls.of(self.pipeline, scheduler=scheduler, **self.family.replaced(self, network))
 
 
-def _prediction_type(scheduler: Any, schedule: NoiseSchedule) -> str:
+def prediction_type_of(scheduler: Any, schedule: NoiseSchedule) -> str:
+    """What a network returns, in our words, from the config of the scheduler it was trained with."""
     prediction_type = scheduler.config.get("prediction_type", "flow_prediction")
     if isinstance(schedule, FlowSchedule):
         return "flow_prediction"
