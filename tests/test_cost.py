@@ -1,6 +1,8 @@
 """The cost model, asserted with counters rather than clocks: F is one forward of the teacher's network."""
 
+import time
 import weakref
+from statistics import median
 
 import pytest
 import torch
@@ -8,7 +10,9 @@ from diffusers import UNet2DModel
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusers_onestep import DKDM, DMD, PID, Denoiser, SiD, VPSchedule
+from diffusers_onestep import DKDM, DMD, PID, Denoiser, SiD, Teacher, VPSchedule
+from diffusers_onestep.arguments import TrainArguments
+from diffusers_onestep.trainer import Trainer
 
 VP = VPSchedule(torch.linspace(0.9999, 0.01, 1000))
 BATCH = {"batch_size": 2, "cond": {}}
@@ -119,3 +123,42 @@ def test_saved_activations_of_a_student_step(method, options, networks):
     # SiD's plain step holds three: each score network's graph is needed for the gradient in x_t, and one at a time
     # costs more forwards than the bound of 11 has
     assert peak <= networks * one + 20 * pixels
+
+
+def seconds(work):
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, forwards, updates, differentiated", [(DMD, 2, 2, 0), (SiD, 1, 2, 2)])
+def test_seconds_of_a_step_are_within_ten_percent_of_the_bound(method, forwards, updates, differentiated, tmp_path):
+    """Bare network passes and whole updates in turn, so that other work on the machine slows both:
+    `pytest -m slow -s tests/test_cost.py`. A pass without gradient is F, with those of the parameters 3F, with the
+    input's alone 2F: 8F for DMD, 11F for SiD."""
+    teacher = Teacher.from_pretrained("fashion32")
+    distiller = method(teacher)
+    trainer = Trainer(distiller, TrainArguments(output_dir=str(tmp_path)))
+    batch = {"batch_size": 64, "cond": {"class_labels": torch.arange(64) % 10}}
+    x, t = torch.randn(64, *teacher.sample_shape), torch.full((64,), 500)
+
+    def bare():
+        frozen, trained = distiller.teacher.network, distiller.student.network.requires_grad_(True)
+        for _ in range(forwards):
+            with torch.no_grad():
+                frozen(x, t, **batch["cond"])
+        for _ in range(updates):
+            trained(x, t, **batch["cond"]).sample.sum().backward()
+        for _ in range(differentiated):
+            frozen(x.clone().requires_grad_(True), t, **batch["cond"]).sample.sum().backward()
+        trained.zero_grad()
+
+    def update():
+        trainer.train_step([batch])
+
+    bare(), update()
+    times = [(seconds(update), seconds(bare)) for _ in range(15)]
+    ratio = median(step for step, _ in times) / median(bound for _, bound in times)
+    print(f"{method.__name__}: {ratio:.3f} of the bound")
+    assert ratio <= 1.10
