@@ -1177,15 +1177,16 @@ def test_i5_nodes_of_an_isotropic_gaussian_are_on_the_exact_flow(name):
 
 
 @pytest.mark.slow
-def test_the_comparison_runs_and_goes_on(tmp_path):
+@pytest.mark.parametrize("teacher, solver", [("fashion32", "ddim"), ("fashion-edm", "edm-euler")])
+def test_the_comparison_runs_and_goes_on(teacher, solver, tmp_path):
     from test_trainer import run, script
 
-    flags = ["--pretrained_teacher_model", "fashion32", "--output_dir", tmp_path, "--num_samples", 250]
-    flags += ["--solvers", "ddim", "dpmsolver++", "--fit_samples", 10]
+    flags = ["--pretrained_teacher_model", teacher, "--output_dir", tmp_path, "--num_samples", 250]
+    flags += ["--solvers", solver, "--fit_samples", 10]
     run(script("compare_solvers.py", *flags, "--network_evaluations", 3, 5))
     content = json.loads((tmp_path / "metrics.json").read_text())
     assert len(content["results"]) == len(content["errors"]) and (tmp_path / "solvers.png").is_file()
-    assert "| ddim |" in (tmp_path / "table.md").read_text()
+    assert f"| {solver} |" in (tmp_path / "table.md").read_text()
     run(script("compare_solvers.py", *flags, "--network_evaluations", 3, 5))
     assert json.loads((tmp_path / "metrics.json").read_text())["results"] == content["results"]
 

@@ -23,7 +23,8 @@ from diffusers_onestep.repository import write_json
 from diffusers_onestep.schedulers import DODESchedulerMixin, distilled_copy, solver_for
 
 SOLVERS = ["ddim", "pndm", "ipndm", "dpmsolver++", "deis", "euler", "heun"]
-RIVAL = "unipc"
+EDM_SOLVERS = ["edm-euler", "edm-dpmsolver++"]  # of networks with EDM's preconditioning
+RIVAL = "unipc"  # diffusers has none for EDM's preconditioning
 FINE_STEPS = 200  # of DPM-Solver++(2M): the trajectory that the RMSE is taken to
 
 
@@ -31,7 +32,7 @@ FINE_STEPS = 200  # of DPM-Solver++(2M): the trajectory that the RMSE is taken t
 class ComparisonArguments:
     pretrained_teacher_model: str = field(metadata={"help": "A Hub id, a folder or a shipped name."})
     output_dir: str = field(metadata={"help": "Where everything goes."})
-    solvers: list[str] = field(default_factory=lambda: list(SOLVERS), metadata={"help": "Solvers to compare."})
+    solvers: list[str] | None = field(default=None, metadata={"help": "Solvers to compare; all that fit by default."})
     network_evaluations: list[int] = field(
         default_factory=lambda: [3, 4, 5, 6, 8, 10, 20], metadata={"help": "Budgets; a solver takes what fits."}
     )
@@ -50,6 +51,8 @@ class Comparison:
         self.args, self.accelerator = args, Accelerator()
         self.folder = Path(args.output_dir)
         self.teacher = Teacher.from_pretrained(args.pretrained_teacher_model, device=self.accelerator.device)
+        self.is_edm = self.teacher.denoiser.prediction_type == "edm"
+        args.solvers = args.solvers or (EDM_SOLVERS if self.is_edm else SOLVERS)
         self.content = {
             "settings": asdict(args) | {"output_dir": None},
             "results": [],
@@ -138,7 +141,7 @@ class Comparison:
         if any((row["model"], row["nfe"]) == (name, nfe) for row in self.content["errors"]):
             return
         if self.target is None:
-            fine = solver_for("dpmsolver++", self.teacher.scheduler)
+            fine = solver_for("edm-dpmsolver++" if self.is_edm else "dpmsolver++", self.teacher.scheduler)
             self.target = self.end(fine, FINE_STEPS)
         square = ((self.end(scheduler, steps) - self.target).double() ** 2).sum()
         sums = self.accelerator.reduce(torch.stack([square, square.new_tensor(self.target.numel())]), "sum")
@@ -172,8 +175,9 @@ class Comparison:
         self.times()
         # the budgets that the targets name first, should there be no time for all
         for budget in sorted(args.network_evaluations, key=lambda n: (n not in (5, 10), n)):
-            config = self.teacher.scheduler.config
-            self.measure(RIVAL, UniPCMultistepScheduler.from_config(config, timestep_spacing="trailing"), budget)
+            if not self.is_edm:
+                config = self.teacher.scheduler.config
+                self.measure(RIVAL, UniPCMultistepScheduler.from_config(config, timestep_spacing="trailing"), budget)
             for name in args.solvers:
                 base, steps, key = solver_at(name, self.teacher.scheduler, budget)
                 self.measure(name, base, steps)

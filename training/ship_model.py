@@ -40,7 +40,7 @@ def shipped_card(name: str) -> str:
 
 def ship(folder: str, name: str) -> None:
     index = json.loads((Path(folder) / "model_index.json").read_text())
-    is_teacher = index["scheduler"][1] in ("DDPMScheduler", "DDIMScheduler")
+    is_teacher = index["scheduler"][1] in ("DDPMScheduler", "DDIMScheduler", "EDMEulerScheduler")
     loader = DiffusionPipeline if is_teacher else OneStepPipeline
     pipeline = loader.from_pretrained(folder, dtype=torch.float16)
     write_repository(pipeline, ASSETS / name)
