@@ -35,6 +35,7 @@ from .metrics import (
     square_root,
     standard_error,
 )
+from .network_calls import sample_shape_of
 from .reference import Reference
 from .repository import write_json
 from .sampling import picture, save_grid
@@ -118,9 +119,7 @@ def sample_shape(pipeline: Teacher | DiffusionPipeline) -> tuple[int, int, int]:
     if family is not None:
         height, width = (side // pipeline.vae_scale_factor for side in family.default_size(pipeline))
         return family.latent_channels(network), height, width
-    size = network.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return network.config.in_channels, height, width
+    return sample_shape_of(network)
 
 
 def network_of(pipeline: Teacher | DiffusionPipeline) -> torch.nn.Module:

@@ -12,7 +12,7 @@ from torch import nn
 from .conditions import Labels, label_embeddings, label_ids, named_labels
 from .denoiser import Cond, Denoiser, GuidedDenoiser
 from .families import FAMILIES, family_of
-from .methods.base import sample_shape_of
+from .network_calls import sample_shape_of
 from .pipelines import OneStepPipeline
 from .repository import load_index, resolve_model, safetensors_only
 from .sampling import sample
@@ -78,7 +78,7 @@ class Teacher:
         if self.family is None:
             if resolution is not None:
                 raise ValueError(f"`resolution` must be None for a pixel teacher, but is {resolution}.")
-            self.sample_shape = sample_shape_of(self.denoiser)
+            self.sample_shape = sample_shape_of(network)
             return
         for name, part in pipeline.components.items():
             if isinstance(part, nn.Module) and name != self.network_name:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..denoiser import Cond, Denoiser, GuidedDenoiser, predict_x0, scale_input
 from ..models import shrunk
 from ..schedules import EDMSchedule, VPSchedule, karras_sigma
-from .base import Distiller, Generators, Paper, check_same_prediction, normal, sample_shape_of, uniform
+from .base import Distiller, Generators, Paper, check_same_prediction, normal, uniform
 
 SCHEMES = ("dynamic", "shuffled", "iterative", "synthetic")
 
@@ -334,10 +334,8 @@ class DKDM(Distiller):
     ):
         if scheme not in SCHEMES:
             raise ValueError(f"`scheme` must be one of {SCHEMES}, but is {scheme!r}.")
-        self.sample_shape = tuple(sample_shape) if sample_shape else sample_shape_of(teacher)
-        bare = isinstance(teacher, torch.nn.Module)
-        self.teacher = teacher if bare else teacher.denoiser
-        self.teacher.requires_grad_(False).eval()
+        self.take_teacher(teacher, sample_shape)
+        bare = teacher is self.teacher
         if student is None:
             network = shrunk(self.teacher.network, 0.5)
             student = Denoiser(network, self.teacher.schedule, self.teacher.prediction_type)
@@ -356,7 +354,7 @@ class DKDM(Distiller):
                 "`learned_variance` must be False with a guided teacher and in the synthetic scheme, which has no "
                 "variance to learn from, but is True."
             )
-        self.student, self.scheme, self.origin = student, scheme, teacher
+        self.student, self.scheme = student, scheme
         settings = {} if bare else teacher.scheduler.config
         self.chain = Chain(
             self.teacher,
@@ -386,7 +384,6 @@ class DKDM(Distiller):
         )
         self.prepared = False
         self._order, self._cursor = None, 0
-        self._diagnostics: dict[str, torch.Tensor] = {}
 
     @staticmethod
     def _all_conditions(teacher: Any) -> Cond:
@@ -399,10 +396,6 @@ class DKDM(Distiller):
     @property
     def trainable(self):
         return {"student": self.student.network}
-
-    @property
-    def diagnostics(self):
-        return self._diagnostics
 
     @torch.no_grad()
     def prepare(self, seed: int = 0, batch_size: int = 250, progress_bar: bool = True) -> None:
@@ -452,7 +445,7 @@ class DKDM(Distiller):
         sound = output.flatten(1).isfinite().all(1).reshape(-1, 1, 1, 1)
         output = torch.where(sound, output, student_output.detach())
         loss = dkdm_loss(student_output, output, x_t=x_t, chain=self.chain, place=place, offset=offset)
-        self._diagnostics = {"place": place.float().mean()}
+        self.diagnostics = {"place": place.float().mean()}
         yield "student", loss
 
     def slots(self, size: int, shared: torch.Generator | None, generator: Generators) -> torch.Tensor:
