@@ -127,7 +127,7 @@ def dry_run(distiller: Distiller, batches: Iterable[Batch], args: TrainArguments
     with tempfile.TemporaryDirectory() as folder:
         planned = replace(args, output_dir=folder, report_to=None)
         trainer = Trainer(distiller, planned)
-        trainer.accelerator.print(plan(distiller, planned, trainer.accelerator.num_processes))
+        trainer.accelerator.print(run_summary(distiller, planned, trainer.accelerator.num_processes))
         stream = trainer.stream(batches)
         for _ in range(2):
             started = time.perf_counter()
@@ -143,7 +143,7 @@ def _first(batch: Batch, size: int) -> Batch:
     return cut | {"cond": cond, "batch_size": min(size, batch["batch_size"])}
 
 
-def plan(distiller: Distiller, args: TrainArguments, num_processes: int) -> str:
+def run_summary(distiller: Distiller, args: TrainArguments, num_processes: int) -> str:
     """What a run would do: method, networks, batch, steps, levels and settings."""
     lines = [f"{type(distiller).__name__} ({distiller.paper.title}, arXiv:{distiller.paper.arxiv_id})"]
     teacher = {"teacher": distiller.teacher.network} if distiller.teacher is not None else {}
@@ -473,10 +473,10 @@ class Trainer:
         """The student as it stands, into the output folder."""
         if self.accelerator.is_main_process and self.save_student is not None:
             with self.averaged(), torch.no_grad():
-                self.write_repository(self.output_dir)
+                self.write_folder(self.output_dir)
         self.accelerator.wait_for_everyone()
 
-    def write_repository(self, folder: Path, picture: Path | None = None) -> None:
+    def write_folder(self, folder: Path, picture: Path | None = None) -> None:
         """The student, what its card is made of, and the card."""
         self._put_aside_old_numbers(folder)
         self.save_student(folder)
@@ -555,7 +555,7 @@ class Trainer:
                 best = math.inf if self.best_distance is None else self.best_distance
                 if distance < best and self.save_student is not None:
                     self.best_distance = distance
-                    self.write_repository(self.output_dir / "best", picture=self.output_dir / "samples.png")
+                    self.write_folder(self.output_dir / "best", picture=self.output_dir / "samples.png")
             if values:
                 self.write_log(values)
             self.draw_health()
