@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from ..data import Conditions
 from ..denoiser import Cond, Denoiser, GuidedDenoiser, predict_x0, scale_input
 from ..models import shrunk
 from ..schedules import EDMSchedule, VPSchedule, karras_sigma
@@ -199,7 +200,7 @@ class Reservoir:
         self.r = torch.zeros(slots, dtype=torch.long)  # finished: a slot's first visit draws its noise
         self.row = torch.zeros(slots, dtype=torch.long)
         self.offset = torch.zeros(slots)
-        self.cond = cond if hasattr(cond, "batch") else dict(cond or {})
+        self.cond = cond if hasattr(cond, "batch") else Conditions(cond)
 
     def __len__(self) -> int:
         return len(self.r)
@@ -228,13 +229,11 @@ class Reservoir:
         fresh = index[done]
         self.x[fresh] = self.start(noise[done], offset[done]).to(self.x.dtype)
         self.r[fresh], self.offset[fresh] = self.num_timesteps, offset[done]
-        self.row[fresh] = (row[done] * self._rows()).long()
+        self.row[fresh] = (row[done] * len(self.cond)).long()
 
     def conditions(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
         """The conditions of the slots `index`."""
-        if hasattr(self.cond, "batch"):
-            return self.cond.batch(self.row[index].tolist())["cond"]
-        return {k: v[self.row[index]] for k, v in self.cond.items()}
+        return self.cond.batch(self.row[index].tolist())["cond"]
 
     def write(self, index: torch.Tensor, x: torch.Tensor) -> None:
         """Store the next states of the slots `index`, one step nearer to their end; what is not finite is dropped and
@@ -243,11 +242,6 @@ class Reservoir:
         sound = x.flatten(1).isfinite().all(1)
         self.x[index[sound]] = x[sound]
         self.r[index] = torch.where(sound, self.r[index] - 1, 0)
-
-    def _rows(self) -> int:
-        if hasattr(self.cond, "batch"):
-            return len(self.cond)
-        return len(next(iter(self.cond.values()))) if self.cond else 1
 
     def save(self, path: Path) -> None:
         """Write states, times, conditions and offsets as safetensors, beside first."""
@@ -280,8 +274,8 @@ class Reservoir:
             own = torch.cat(values).tensor_split(ranks)[rank].to(getattr(self, name).dtype, copy=True)
             pinned = name == "x" and self.x.is_pinned()
             setattr(self, name, own.pin_memory() if pinned else own)
-        if self.row.max() >= self._rows():
-            raise ValueError(f"`cond` must have the rows of the saved trajectories, but has {self._rows()}.")
+        if self.row.max() >= len(self.cond):
+            raise ValueError(f"`cond` must have the rows of the saved trajectories, but has {len(self.cond)}.")
 
 
 class DKDM(Distiller):

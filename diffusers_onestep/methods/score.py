@@ -24,6 +24,9 @@ from .base import (
     uniform,
 )
 
+# sigma / alpha of Stable Diffusion's scaled-linear betas at the ends of the papers' draws: the same levels elsewhere
+SD_RATIO = {20: 0.138, 979: 12.9663, 980: 13.04}
+
 
 class ScoreDistiller(OneStepDistiller):
     """A student trained on the difference between the teacher's score and that of its own samples.
