@@ -342,3 +342,8 @@ def test_6_alpha_above_one_drives_a_wide_student_away():
         d_s = measured(lambda x0, a, b: sid_loss(x0, a, b, alpha=alpha, normalize=False))[2]
         assert (d_s > 0) == (factor < 1)  # descent narrows the student only below the threshold
         assert measured(lambda x0, a, b: sid_loss(x0, a, b, alpha=1.0, normalize=False))[2] > 0
+    threshold = v_d + (v_d + sigma**2) / (2 * (alpha - 1))  # for the mean
+    for factor in (0.9, 1.1):
+        _, measured, _ = fixture(m=1.0, v_d=v_d, sigma=sigma, th=0.5, s=(factor * threshold) ** 0.5)
+        d_th = measured(lambda x0, a, b: sid_loss(x0, a, b, alpha=alpha, normalize=False))[1]
+        assert (d_th < 0) == (factor < 1)
