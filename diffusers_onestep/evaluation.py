@@ -37,7 +37,7 @@ from .metrics import (
 )
 from .network_calls import sample_shape_of
 from .reference import Reference
-from .repository import write_json
+from .repository import write_json, written_beside
 from .sampling import picture, save_grid
 from .teacher import Teacher
 
@@ -536,6 +536,5 @@ def quality_plot(rows: list[Metrics], path: Path) -> None:
 
 def save_figure(figure: Any, path: Path, dpi: int = 120) -> None:
     """Write a figure as PNG, beside first and then renamed."""
-    beside = path.with_name(f".{path.name}.writing")
-    figure.savefig(beside, dpi=dpi, format="png")
-    os.replace(beside, path)
+    with written_beside(path) as beside:
+        figure.savefig(beside, dpi=dpi, format="png")

@@ -38,7 +38,7 @@ from .hub import create_model_card
 from .lora import is_adapted, leave_dtypes_to_autocast
 from .methods.base import Batch, Distiller, OneStepDistiller
 from .records import RUN_RECORD, run_record, without_secret_settings
-from .repository import read_json, write_json
+from .repository import read_json, write_json, write_text
 
 logger = get_logger(__name__)
 
@@ -661,9 +661,7 @@ def truncate_log(path: Path, step: int) -> None:
     """Drop what an interrupted run logged after `step`."""
     if path.exists():
         lines = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
-        beside = path.with_name(f".{path.name}.writing")
-        beside.write_text("".join(line + "\n" for line in lines))
-        os.replace(beside, path)
+        write_text(path, "".join(line + "\n" for line in lines))
 
 
 def _scalars(config: dict) -> dict:

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from ..data import Conditions
 from ..denoiser import Cond, Denoiser, GuidedDenoiser, predict_x0, scale_input
 from ..models import shrunk
+from ..repository import written_beside
 from ..schedules import EDMSchedule, VPSchedule, karras_sigma
 from .base import Distiller, Generators, Paper, check_same_prediction, normal, uniform
 
@@ -245,11 +246,9 @@ class Reservoir:
 
     def save(self, path: Path) -> None:
         """Write states, times, conditions and offsets as safetensors, beside first."""
-        path = Path(path)
-        beside = path.with_name(f".{path.name}.writing")
         tensors = {"x": self.x, "r": self.r, "row": self.row, "offset": self.offset}
-        save_file(tensors, beside, {"num_timesteps": json.dumps(self.num_timesteps)})
-        beside.replace(path)
+        with written_beside(Path(path)) as beside:
+            save_file(tensors, beside, {"num_timesteps": json.dumps(self.num_timesteps)})
 
     def load(self, paths: list[Path], rank: int = 0, ranks: int = 1) -> None:
         """Read what any number of processes saved, and keep this one's share of it.
