@@ -561,7 +561,7 @@ def test_tables_survive_disk_and_other_classes(name, tmp_path):
     assert torch.equal(final(through, predict, noise, 5), expected)
 
 
-def test_an_unfitted_number_of_steps_names_the_fitted_ones(caplog):
+def test_an_unfitted_number_of_steps_names_the_fitted_ones():
     scheduler, predict = build("ddim"), predict_for("ddim")
     for steps in (4, 5):
         fit(scheduler, predict, steps)
@@ -788,7 +788,7 @@ def fitted_folder(teacher_folder, tmp_path_factory):
     return output, command
 
 
-def test_the_script_writes_a_scheduler_that_keeps_earlier_tables(fitted_folder, teacher_folder):
+def test_the_script_writes_a_scheduler_that_keeps_earlier_tables(fitted_folder):
     from test_trainer import run
 
     output, command = fitted_folder
