@@ -241,7 +241,8 @@ def test_i15_a_fake_score_that_is_no_faster_than_the_student_lags_and_rings(fake
             return 0.5 * (means["fake_score"] - x0) ** 2
 
     means = {name: torch.tensor(1.0, requires_grad=True) for name in ("student", "fake_score")}
-    distiller, seen = Means(small_teacher(), fake_score_updates=fake_score_updates), []
+    teacher, seen = gaussian_denoiser(EDM, "edm"), []
+    distiller = Means(teacher, fake_score_updates=fake_score_updates, sample_shape=(1, 1, 1))
     for _ in range(150):
         for name, loss in distiller.updates(BATCH):
             (gradient,) = torch.autograd.grad(loss, means[name])
