@@ -1,6 +1,6 @@
 """One view over any teacher: `(x_t, t, cond) -> x0`, whatever the network predicts and in whatever dtype it runs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 from .network_calls import network_output
 from .schedules import EDMSchedule, FlowSchedule, NoiseSchedule
 
-Cond = Mapping[str, torch.Tensor]
+Cond = dict[str, torch.Tensor]  # network inputs by name, `(B, ...)`
 
 PREDICTION_TYPES = {
     # prediction_type: (c_skip, c_out) of x0 = c_skip * x_t + c_out * model_output, from alpha, sigma, sigma_data

@@ -35,8 +35,9 @@ from .metrics import (
     square_root,
     standard_error,
 )
+from .network_calls import sample_shape_of
 from .reference import Reference
-from .repository import write_json
+from .repository import write_json, written_beside
 from .sampling import picture, save_grid
 from .teacher import Teacher
 
@@ -94,7 +95,7 @@ class Metrics:
 
 
 @dataclass
-class Samples:
+class Generated:
     """What all metrics of one model are computed from: features of its images, in the order of the noises."""
 
     model: str
@@ -118,9 +119,7 @@ def sample_shape(pipeline: Teacher | DiffusionPipeline) -> tuple[int, int, int]:
     if family is not None:
         height, width = (side // pipeline.vae_scale_factor for side in family.default_size(pipeline))
         return family.latent_channels(network), height, width
-    size = network.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return network.config.in_channels, height, width
+    return sample_shape_of(network)
 
 
 def network_of(pipeline: Teacher | DiffusionPipeline) -> torch.nn.Module:
@@ -261,7 +260,7 @@ def generate(
     prompts: Sequence[str] | None = None,
     clip: CLIP | None = None,
     all_processes: bool = False,
-) -> Samples:
+) -> Generated:
     """Sample a model and keep what its metrics need; arguments as those of `evaluate`."""
     run = sampler(
         pipeline, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, scheduler=scheduler
@@ -292,14 +291,14 @@ def generate(
     latency = sorted(latencies)[LATENCY_CALLS // 2]
     kinds = len(prompts) if prompts is not None else pipeline.num_labels or 1
     groups = torch.arange(num_samples) % kinds if num_samples > kinds else None
-    return Samples(name, nfe, seed, speed, latency, extractor, features, logits, groups, cosines, clip)
+    return Generated(name, nfe, seed, speed, latency, extractor, features, logits, groups, cosines, clip)
 
 
 def measure(
-    samples: Samples,
+    samples: Generated,
     reference: Reference | None,
     metrics: Sequence[str] = ("fd",),
-    teacher: Samples | None = None,
+    teacher: Generated | None = None,
 ) -> Metrics:
     """The numbers of sampled images.
 
@@ -308,10 +307,10 @@ def measure(
     neighbourhoods held fixed.
 
     Args:
-        samples (`Samples`): of `generate`.
+        samples (`Generated`): of `generate`.
         reference (`Reference`, *optional*): real images, for the metrics that compare with them.
         metrics (sequence of `str`, *optional*, defaults to `("fd",)`): of `METRICS`; the first heads the row.
-        teacher (`Samples`, *optional*): of the same noises, for `agreement`.
+        teacher (`Generated`, *optional*): of the same noises, for `agreement`.
     """
     check_metrics(metrics)
     for wanted, given in (("reference", reference), ("teacher", teacher)):
@@ -357,7 +356,7 @@ def measure(
     )
 
 
-def _numbers(metric: str, samples: Samples, reference: Reference | None, teacher: Samples | None):
+def _numbers(metric: str, samples: Generated, reference: Reference | None, teacher: Generated | None):
     """Kind, value and standard error of each number of one metric."""
     features = samples.features
     if metric == "fd":
@@ -408,7 +407,7 @@ def evaluate(
     guidance_scale: float | None = None,
     prompts: Sequence[str] | None = None,
     clip_model: str | CLIP | None = None,
-    teacher: Samples | None = None,
+    teacher: Generated | None = None,
     all_processes: bool = False,
 ) -> Metrics:
     """How good a student or a teacher is, and its seconds.
@@ -429,7 +428,7 @@ def evaluate(
         guidance_scale (`float`, *optional*): of a teacher (1.0 by default) or of a pipeline that takes it.
         prompts (sequence of `str`, *optional*): of a text-to-image model, used in turn.
         clip_model (`str` or `CLIP`, *optional*): of `"clip_score"`.
-        teacher (`Samples`, *optional*): what `generate` gave of the teacher on the same noises, for `"agreement"`.
+        teacher (`Generated`, *optional*): what `generate` gave of the teacher on the same noises, for `"agreement"`.
         all_processes (`bool`, *optional*, defaults to `False`): share the sampling; every process must call this.
     """
     check_metrics(metrics)
@@ -537,6 +536,5 @@ def quality_plot(rows: list[Metrics], path: Path) -> None:
 
 def save_figure(figure: Any, path: Path, dpi: int = 120) -> None:
     """Write a figure as PNG, beside first and then renamed."""
-    beside = path.with_name(f".{path.name}.writing")
-    figure.savefig(beside, dpi=dpi, format="png")
-    os.replace(beside, path)
+    with written_beside(path) as beside:
+        figure.savefig(beside, dpi=dpi, format="png")

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline, __version__
 from torch import nn
 
-Cond = dict[str, torch.Tensor]
+from .denoiser import Cond
 
 
 class Family:

@@ -1,4 +1,5 @@
-"""How each kind of network is called with `(x_t, t, cond)`: its own names and layouts for what all of them take."""
+"""How each kind of network is called with `(x_t, t, cond)`: its own names and layouts for what all of them take; and
+what shape of samples it takes."""
 
 import inspect
 from typing import Any
@@ -21,6 +22,20 @@ def network_output(network: nn.Module, sample: torch.Tensor, t: torch.Tensor, co
     kind = next((cls.__name__ for cls in type(bare).__mro__ if cls.__name__ in _CALLS), None)
     output = _CALLS[kind](network, sample, t, dict(cond)) if kind else _plain(network, sample, t, cond)
     return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def sample_shape_of(network: nn.Module) -> tuple[int, int, int]:
+    """`(C, H, W)` of the samples that a network was made for, from its diffusers config.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    config = getattr(network, "config", None)
+    if config is None:
+        raise ValueError("`sample_shape` must be given for a teacher whose network has no diffusers config.")
+    size = config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return config.in_channels, height, width
 
 
 def _plain(network, sample, t, cond):

@@ -62,8 +62,9 @@ def _lsg(kappa: float) -> dict:
 
 
 def _sid_dit(rate: float = 1e-6, **other) -> dict:
-    # how long these ran, and on how many GPUs, is not published; their gradients were clipped by value, which is not
-    # done here
+    # how long these ran, and on how many GPUs, is not published. Theirs, and not done here: a student's loss that is
+    # weighted by 1 - s in place of SiD's normaliser, gradients clipped by value, no dropped prompts, and one number of
+    # steps for both updates
     return {
         "alpha": 1.0,
         "student_timesteps": [1000.0, 750.0, 500.0, 250.0],

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from .data import load_images
 from .features import Extractor
 from .metrics import moments
-from .repository import ASSETS
+from .repository import ASSETS, written_beside
 
 SHIPPED = {"fashion": ASSETS / "fashion_cnn" / "fashion_test.safetensors"}  # by the extractor's label
 KEPT_FEATURES = 10_000
@@ -128,9 +128,9 @@ class Reference:
         if self.features is not None and features:
             tensors["features"] = self.features[:features].half().contiguous()
         about = {"num_images": self.num_images, "extractor": self.extractor, "weights": self.weights}
-        beside = path.with_name(f".{path.name}.writing")
-        save_file(tensors, beside, {k: str(v) for k, v in (about | {"source": self.source}).items() if v is not None})
-        os.replace(beside, path)
+        about = {k: str(v) for k, v in (about | {"source": self.source}).items() if v is not None}
+        with written_beside(path) as beside:
+            save_file(tensors, beside, about)
 
 
 def _read_npz(path: str) -> dict[str, np.ndarray]:

@@ -179,6 +179,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """Where to write a file that is then renamed to `path`: a reader finds the old one or the new one, whole."""
+    beside = path.with_name(f".{path.name}.writing")
+    yield beside
+    os.replace(beside, path)
+
+
 def write_json(path: Path, content: dict) -> None:
     """Write beside, then rename."""
     write_text(path, json.dumps(content, indent=2) + "\n")
@@ -186,6 +194,5 @@ def write_json(path: Path, content: dict) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write beside, then rename."""
-    beside = path.with_name(f".{path.name}.writing")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    with written_beside(path) as beside:
+        beside.write_text(text, encoding="utf-8")

@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from .denoiser import Cond, Denoiser, GuidedDenoiser
+from .repository import written_beside
 
 
 @torch.no_grad()
@@ -64,6 +65,5 @@ def save_grid(pixels: torch.Tensor, path: Path, columns: int, scale: int = 2) ->
     grid = torch.cat(rows, dim=1).permute(1, 2, 0).numpy()
     image = Image.fromarray(grid.squeeze(-1) if grid.shape[-1] == 1 else grid)
     image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-    beside = path.with_name(f".{path.name}.writing.png")
-    image.save(beside)
-    beside.replace(path)
+    with written_beside(path) as beside:
+        image.save(beside, format="PNG")

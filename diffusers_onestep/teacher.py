@@ -12,7 +12,7 @@ from torch import nn
 from .conditions import Labels, label_embeddings, label_ids, named_labels
 from .denoiser import Cond, Denoiser, GuidedDenoiser
 from .families import FAMILIES, family_of
-from .methods.base import sample_shape_of
+from .network_calls import sample_shape_of
 from .pipelines import OneStepPipeline
 from .repository import load_index, resolve_model, safetensors_only
 from .sampling import sample
@@ -74,11 +74,11 @@ class Teacher:
         self.scheduler = pipeline.scheduler
         schedule = NoiseSchedule.from_scheduler(self.scheduler)
         self.denoiser = Denoiser(network, schedule, prediction_type_of(self.scheduler, schedule))
-        self._null: dict[str, torch.Tensor] | None = None
+        self._null: Cond | None = None
         if self.family is None:
             if resolution is not None:
                 raise ValueError(f"`resolution` must be None for a pixel teacher, but is {resolution}.")
-            self.sample_shape = sample_shape_of(self.denoiser)
+            self.sample_shape = sample_shape_of(network)
             return
         for name, part in pipeline.components.items():
             if isinstance(part, nn.Module) and name != self.network_name:
@@ -153,7 +153,7 @@ class Teacher:
         return embeddings - 1 if embeddings and self.id2label and embeddings == len(self.id2label) + 1 else None
 
     @torch.no_grad()
-    def null_condition(self, batch_size: int) -> dict[str, torch.Tensor]:
+    def null_condition(self, batch_size: int) -> Cond:
         """The unconditional inputs for `batch_size` samples; empty if the teacher has none."""
         if self.takes_prompts:
             if self._null is None:
@@ -164,7 +164,7 @@ class Teacher:
             return {}
         return {"class_labels": torch.full((batch_size,), self.null_label)}
 
-    def encode(self, labels: Labels | None = None) -> dict[str, torch.Tensor]:
+    def encode(self, labels: Labels | None = None) -> Cond:
         """The `cond` of prompts, or of labels by id or name; all labels, one after another, if none are given."""
         if self.takes_prompts:
             return self.embed(labels) | self.family.extra(self, len(labels))
@@ -189,7 +189,7 @@ class Teacher:
         return 18 if isinstance(self.reference_scheduler, EDMHeunScheduler) else 50
 
     @torch.no_grad()
-    def embed(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+    def embed(self, prompts: Sequence[str]) -> Cond:
         """The part of `encode` that depends on the prompts alone."""
         if not isinstance(prompts, (list, tuple)) or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"`labels` must be a list of prompts for a text-to-image teacher, but is {prompts!r}.")

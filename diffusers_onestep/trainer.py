@@ -36,9 +36,9 @@ from .arguments import DTYPES, TrainArguments
 from .health import Health, draw_health, read_log
 from .hub import create_model_card
 from .lora import is_adapted, leave_dtypes_to_autocast
-from .methods.base import Batch, Distiller
+from .methods.base import Batch, Distiller, OneStepDistiller
 from .records import RUN_RECORD, run_record, without_secret_settings
-from .repository import read_json, write_json
+from .repository import read_json, write_json, write_text
 
 logger = get_logger(__name__)
 
@@ -127,7 +127,7 @@ def dry_run(distiller: Distiller, batches: Iterable[Batch], args: TrainArguments
     with tempfile.TemporaryDirectory() as folder:
         planned = replace(args, output_dir=folder, report_to=None)
         trainer = Trainer(distiller, planned)
-        trainer.accelerator.print(plan(distiller, planned, trainer.accelerator.num_processes))
+        trainer.accelerator.print(run_summary(distiller, planned, trainer.accelerator.num_processes))
         stream = trainer.stream(batches)
         for _ in range(2):
             started = time.perf_counter()
@@ -143,27 +143,25 @@ def _first(batch: Batch, size: int) -> Batch:
     return cut | {"cond": cond, "batch_size": min(size, batch["batch_size"])}
 
 
-def plan(distiller: Distiller, args: TrainArguments, num_processes: int) -> str:
+def run_summary(distiller: Distiller, args: TrainArguments, num_processes: int) -> str:
     """What a run would do: method, networks, batch, steps, levels and settings."""
-    paper = getattr(distiller, "paper", None)
-    lines = [f"{type(distiller).__name__}" + (f" ({paper.title}, arXiv:{paper.arxiv_id})" if paper else "")]
-    networks = {"teacher": getattr(getattr(distiller, "teacher", None), "network", None)} | distiller.trainable
-    for name, network in networks.items():
-        if network is not None:
-            parameters = sum(p.numel() for p in network.parameters())
-            dropout = getattr(network, "config", {}).get("dropout")
-            lines.append(
-                f"  {name}: {type(network).__name__}, {parameters:,} parameters"
-                + ("" if dropout is None else f", dropout {dropout}")
-            )
+    lines = [f"{type(distiller).__name__} ({distiller.paper.title}, arXiv:{distiller.paper.arxiv_id})"]
+    teacher = {"teacher": distiller.teacher.network} if distiller.teacher is not None else {}
+    for name, network in (teacher | distiller.trainable).items():
+        parameters = sum(p.numel() for p in network.parameters())
+        dropout = getattr(network, "config", {}).get("dropout")
+        lines.append(
+            f"  {name}: {type(network).__name__}, {parameters:,} parameters"
+            + ("" if dropout is None else f", dropout {dropout}")
+        )
     batch = args.train_batch_size * args.gradient_accumulation_steps * num_processes
     lines.append(
         f"  batch: {batch} = {args.train_batch_size} samples x {args.gradient_accumulation_steps} micro-batches x "
         f"{num_processes} processes"
     )
     lines.append(f"  steps: {args.max_train_steps:,}, {args.max_train_steps * batch:,} images")
-    timesteps = getattr(distiller, "student_timesteps", None)
-    if timesteps:
+    if isinstance(distiller, OneStepDistiller):
+        timesteps = distiller.student_timesteps
         levels = distiller.student.schedule.ratio(torch.tensor(timesteps, dtype=torch.float64)).tolist()
         where = ", ".join(f"{t:.6g} (sigma / alpha {level:.6g})" for t, level in zip(timesteps, levels, strict=True))
         lines.append(f"  student at t = {where}, noise scaled by {distiller.init_noise_sigma:.6g}")
@@ -259,7 +257,7 @@ class Trainer:
         args = self.args
         if not (args.teacher_dtype or args.offload_teacher):
             return None
-        teacher = getattr(self.distiller, "teacher", None)
+        teacher = self.distiller.teacher
         if teacher is None:
             raise ValueError(
                 f"`teacher_dtype` and `offload_teacher` need a teacher, but {type(self.distiller).__name__} has none."
@@ -475,10 +473,10 @@ class Trainer:
         """The student as it stands, into the output folder."""
         if self.accelerator.is_main_process and self.save_student is not None:
             with self.averaged(), torch.no_grad():
-                self.write_repository(self.output_dir)
+                self.write_folder(self.output_dir)
         self.accelerator.wait_for_everyone()
 
-    def write_repository(self, folder: Path, picture: Path | None = None) -> None:
+    def write_folder(self, folder: Path, picture: Path | None = None) -> None:
         """The student, what its card is made of, and the card."""
         self._put_aside_old_numbers(folder)
         self.save_student(folder)
@@ -504,14 +502,14 @@ class Trainer:
 
     def start_record(self) -> dict:
         """Method, teacher, command, versions and hardware of this run."""
-        origin, args = getattr(self.distiller, "origin", None), self.args
+        origin, args = self.distiller.origin, self.args
         return run_record(
             type(self.distiller).__name__,
             self.distiller.paper,
             getattr(args, "pretrained_teacher_model", None) or getattr(origin, "name", None),
             getattr(args, "revision", None) or getattr(origin, "revision", None),
             getattr(args, "license", None),
-        ) | {"guidance_scale": getattr(getattr(self.distiller, "teacher", None), "guidance_scale", 1.0)}
+        ) | {"guidance_scale": getattr(self.distiller.teacher, "guidance_scale", 1.0)}
 
     def resume(self) -> None:
         """Load the checkpoint that `resume_from_checkpoint` names; "latest" without one starts afresh."""
@@ -557,7 +555,7 @@ class Trainer:
                 best = math.inf if self.best_distance is None else self.best_distance
                 if distance < best and self.save_student is not None:
                     self.best_distance = distance
-                    self.write_repository(self.output_dir / "best", picture=self.output_dir / "samples.png")
+                    self.write_folder(self.output_dir / "best", picture=self.output_dir / "samples.png")
             if values:
                 self.write_log(values)
             self.draw_health()
@@ -663,9 +661,7 @@ def truncate_log(path: Path, step: int) -> None:
     """Drop what an interrupted run logged after `step`."""
     if path.exists():
         lines = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
-        beside = path.with_name(f".{path.name}.writing")
-        beside.write_text("".join(line + "\n" for line in lines))
-        os.replace(beside, path)
+        write_text(path, "".join(line + "\n" for line in lines))
 
 
 def _scalars(config: dict) -> dict:

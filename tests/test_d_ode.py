@@ -11,6 +11,7 @@ import torch
 from conftest import tiny_unet
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.utils import DummyObject
+from families import tiny_pipeline
 
 import diffusers_onestep
 from diffusers_onestep import fit_d_ode
@@ -560,7 +561,7 @@ def test_tables_survive_disk_and_other_classes(name, tmp_path):
     assert torch.equal(final(through, predict, noise, 5), expected)
 
 
-def test_an_unfitted_number_of_steps_names_the_fitted_ones(caplog):
+def test_an_unfitted_number_of_steps_names_the_fitted_ones():
     scheduler, predict = build("ddim"), predict_for("ddim")
     for steps in (4, 5):
         fit(scheduler, predict, steps)
@@ -787,7 +788,7 @@ def fitted_folder(teacher_folder, tmp_path_factory):
     return output, command
 
 
-def test_the_script_writes_a_scheduler_that_keeps_earlier_tables(fitted_folder, teacher_folder):
+def test_the_script_writes_a_scheduler_that_keeps_earlier_tables(fitted_folder):
     from test_trainer import run
 
     output, command = fitted_folder
@@ -845,56 +846,7 @@ def test_two_processes_fit_the_same_numbers_as_one(fitted_folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def stable_diffusion():
-    """A tiny random text-to-image teacher."""
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    torch.manual_seed(0)
-    letters = sorted(ByteLevel.alphabet())
-    words = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(words)}, merges=[], model_max_length=77)
-    text = CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        intermediate_size=37,
-        num_attention_heads=4,
-        num_hidden_layers=2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 16),
-        latent_channels=4,
-        norm_num_groups=4,
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-        sample_size=16,
-    )
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=32,
-        attention_head_dim=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
-    )
-    pipe = diffusers.StableDiffusionPipeline(
-        vae=vae.eval(),
-        text_encoder=CLIPTextModel(text).eval(),
-        tokenizer=tokenizer,
-        unet=unet.eval(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return tiny_pipeline("sd")
 
 
 PROMPTS = ["a cat", "a red car", "two hats", "sun"]

@@ -125,56 +125,32 @@ class Distilled(Scheduler):
         return build(self.solver, dode_tables=table(solver, 50, [0.1] * len(solver.timesteps)))
 
 
-class TestDistilledDDIM(Distilled, schedulers.SchedulerCommonTest):
-    solver = "ddim"
-
-
-class TestDistilledPNDM(Distilled, schedulers.SchedulerCommonTest):
-    solver = "plms"
-
-
-class TestDistilledPNDMAsIPNDM(Distilled, schedulers.SchedulerCommonTest):
-    solver = "ipndm"
-
-
-class TestDistilledDPMSolverMultistep(Distilled, schedulers.SchedulerCommonTest):
-    solver = "dpm2"
-
-
-class TestDistilledDPMSolverMultistepOfOrder3(Distilled, schedulers.SchedulerCommonTest):
-    solver = "dpm3"
-
-
-class TestDistilledDEISMultistep(Distilled, schedulers.SchedulerCommonTest):
-    solver = "deis"
-
-
-class TestDistilledDPMSolverSinglestep(Distilled, schedulers.SchedulerCommonTest):
-    solver = "single2"
-
-
-class TestDistilledEulerDiscrete(Distilled, schedulers.SchedulerCommonTest):
-    solver = "euler-karras"
-
-
-class TestDistilledHeunDiscrete(Distilled, schedulers.SchedulerCommonTest):
-    solver = "heun"
-
-
-class TestDistilledEDMEuler(Distilled, schedulers.SchedulerCommonTest):
-    solver = "edm-euler"
+class EDMDistilled(Distilled):
     test_trained_betas = does_not_apply("EDM has no betas")
 
     def setUp(self):
-        # diffusers' tests ask this class by name, and it alone, for timesteps of its schedule
-        patch = mock.patch.object(schedulers, "EDMEulerScheduler", self.scheduler_classes[0])
+        # diffusers' tests ask `EDMEulerScheduler` by name, and it alone, for timesteps of its schedule
+        patch = mock.patch.object(schedulers, "EDMEulerScheduler", type(build("edm-euler")))
         patch.start()
         self.addCleanup(patch.stop)
 
 
-class TestDistilledEDMDPMSolverMultistep(Distilled, schedulers.SchedulerCommonTest):
-    solver = "edm-dpm"
-    test_trained_betas = does_not_apply("EDM has no betas")
+for solver in [
+    "ddim",
+    "plms",
+    "ipndm",
+    "dpm2",
+    "dpm3",
+    "deis",
+    "single2",
+    "euler-karras",
+    "heun",
+    "edm-euler",
+    "edm-dpm",
+]:
+    name = "TestDistilled_" + solver.replace("-", "_")
+    bases = (EDMDistilled if solver.startswith("edm-") else Distilled, schedulers.SchedulerCommonTest)
+    globals()[name] = type(name, bases, {"solver": solver})
 
 
 # OneStepPipeline

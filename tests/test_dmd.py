@@ -9,6 +9,7 @@ from conftest import tiny_unet
 from diffusers import DDPMScheduler
 
 from diffusers_onestep import DMD, Denoiser, EDMSchedule, FlowSchedule, GuidedDenoiser, VPSchedule
+from diffusers_onestep.denoiser import predict_x0
 from diffusers_onestep.methods.base import normal
 from diffusers_onestep.methods.distances import image_distance
 from diffusers_onestep.methods.dmd import GANHead, distribution_matching_loss, gan_losses
@@ -20,6 +21,33 @@ BATCH = {"batch_size": 4, "cond": {"class_labels": torch.tensor([0, 1, 2, 0])}}
 
 def small_teacher():
     return Denoiser(tiny_unet(classes=3), VP, "epsilon")
+
+
+@pytest.mark.parametrize(
+    "schedule, prediction_type",
+    [
+        (VP, "epsilon"),
+        (VP, "v_prediction"),
+        (VP, "sample"),
+        (FlowSchedule(), "flow_prediction"),
+        (EDM, "edm"),
+    ],
+)
+def test_i1_every_output_is_read_as_the_same_sample_and_score(schedule, prediction_type):
+    t = schedule.timestep(torch.tensor([0.05, 0.5, 2.5, 10.0]))
+    x0, noise = torch.randn(2, 4, 1, 3, 3, dtype=torch.float64)
+    alpha, sigma = schedule.alpha_sigma(t.double())
+    x_t, root = alpha * x0 + sigma * noise, (sigma**2 + 0.25).sqrt()
+    model_output = {
+        "epsilon": noise,
+        "v_prediction": alpha * noise - sigma * x0,
+        "sample": x0,
+        "flow_prediction": noise - x0,
+        "edm": (x0 - 0.25 / root**2 * x_t) * root / (0.5 * sigma),
+    }[prediction_type]
+    read = predict_x0(schedule, prediction_type, x_t, t, model_output)
+    torch.testing.assert_close(read, x0, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close((alpha * read - x_t) / sigma**2, -noise / sigma, rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("schedule, prediction_type, t", [(VP, "epsilon", 440), (EDM, "edm", 0.1)])
@@ -80,6 +108,22 @@ def test_i24_floor_keeps_the_gradient_finite():
     torch.testing.assert_close(gradient, torch.full_like(x0, 1e-3 / 1e-5 / 18))
 
 
+def test_i24_half_precision_networks_give_the_same_direction():
+    distiller, differences = DMD(small_teacher()), []
+    with torch.no_grad():
+        for parameter in distiller.fake_score.network.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    x0 = torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+    for dtype in (None, torch.bfloat16):
+        distiller.teacher.autocast_dtype = distiller.fake_score.autocast_dtype = dtype
+        teacher_x0, fake_x0 = distiller.scores(x0, BATCH, torch.Generator().manual_seed(2))
+        differences.append(fake_x0 - teacher_x0)
+    ratio = VP.ratio(distiller.student_level(4, torch.Generator().manual_seed(2), None)).float().reshape(-1, 1, 1, 1)
+    exact, half = (d / ratio for d in differences)
+    assert half.dtype == torch.float32 and not torch.equal(half, exact)
+    assert (half - exact).abs().max() < 0.05 and exact.abs().max() > 0.05
+
+
 def test_i8_fake_score_equal_to_teacher_gives_zero_and_guidance_gives_its_difference():
     distiller = DMD(small_teacher())
     distiller.learn("student")
@@ -108,6 +152,17 @@ def test_i10_i11_best_fake_score_loss():
     alpha, sigma = VP.alpha_sigma(torch.arange(1000))
     expected = (alpha**2 * b**2 / (alpha**2 * b**2 + sigma**2)).mean()
     torch.testing.assert_close(measured, expected, rtol=1e-2, atol=0)
+    # the exact denoiser has no expected gradient, one of another mean or spread has
+    mean_and_spread = list(distiller.fake_score.parameters())
+    assert all(abs(g) < 0.02 for g in torch.autograd.grad(measured, mean_and_spread))
+    for parameter in mean_and_spread:
+        parameter.data += 0.2
+        loss = distiller.fake_score_loss(x0, {"cond": {}}, generator)
+        assert torch.autograd.grad(loss, parameter)[0] > 0.05
+        parameter.data -= 0.2
+    sigma = torch.tensor([0.002, 0.5, 80.0])
+    weight = DMD(gaussian_denoiser(EDM, "edm"), sample_shape=(1, 1, 1)).fake_score_weight(EDM.timestep(sigma))
+    torch.testing.assert_close(weight.flatten(), 1 / sigma**2 + 4, rtol=1e-4, atol=0)
 
 
 def test_i12_student_at_initialisation_is_the_teachers_first_step():
@@ -169,6 +224,31 @@ def test_i14_exact_scores_bring_the_student_to_the_teacher():
         (gradient,) = torch.autograd.grad(loss, parameters)
         parameters.data -= 0.05 * gradient
     torch.testing.assert_close(parameters.data, torch.tensor([m, s], dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("fake_score_updates, rings", [(1, True), (5, False), (10, False)])
+def test_i15_a_fake_score_that_is_no_faster_than_the_student_lags_and_rings(fake_score_updates, rings):
+    """Student and fake score of one number each, their means, in the order and ratio of the real updates."""
+
+    class Means(DMD):
+        def generate(self, batch, generator=None):
+            return means["student"] * 1.0
+
+        def student_loss(self, x0, batch, generator=None):
+            return means["fake_score"].detach() * x0  # the teacher's mean is 0
+
+        def fake_score_loss(self, x0, batch, generator=None):
+            return 0.5 * (means["fake_score"] - x0) ** 2
+
+    means = {name: torch.tensor(1.0, requires_grad=True) for name in ("student", "fake_score")}
+    teacher, seen = gaussian_denoiser(EDM, "edm"), []
+    distiller = Means(teacher, fake_score_updates=fake_score_updates, sample_shape=(1, 1, 1))
+    for _ in range(150):
+        for name, loss in distiller.updates(BATCH):
+            (gradient,) = torch.autograd.grad(loss, means[name])
+            means[name].data -= 0.05 * gradient
+        seen.append(means["student"].item())
+    assert (min(seen) < -1e-3) == rings and abs(seen[-1]) < 0.1
 
 
 def test_i16_gan_losses_at_matched_distributions_and_their_gradients():

@@ -9,7 +9,6 @@ from conftest import tiny_unet
 from diffusers import ConsistencyModelPipeline, DDPMScheduler, DiffusionPipeline, EDMEulerScheduler
 
 from diffusers_onestep import DMD, OneStepPipeline, OneStepScheduler, SpaceToDepthUNet2DModel
-from diffusers_onestep.methods.base import sample_shape_of
 from diffusers_onestep.repository import write_repository
 from diffusers_onestep.schedulers import student_scheduler
 from diffusers_onestep.teacher import Teacher
@@ -193,7 +192,7 @@ def test_another_kind_of_repository_is_refused(tmp_path):
 
 def test_space_to_depth_unet_is_a_pixel_model_outside(tmp_path):
     network = SpaceToDepthUNet2DModel(sample_size=16, num_class_embeds=4, id2label=NAMES).eval()
-    assert sample_shape_of(Teacher(ConsistencyModelPipeline(network, DDPMScheduler())).denoiser) == (1, 16, 16)
+    assert Teacher(ConsistencyModelPipeline(network, DDPMScheduler())).sample_shape == (1, 16, 16)
     x, labels = torch.randn(2, 1, 16, 16), torch.tensor([0, 3])
     output = network(x, 5, class_labels=labels).sample
     assert output.shape == x.shape and network.unet.config.in_channels == 4

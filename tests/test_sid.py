@@ -14,6 +14,7 @@ from diffusers_onestep.methods.sid import sid_loss
 from diffusers_onestep.trainer import HalfLifeEMA, sample_generators
 
 EDM = EDMSchedule()
+VP = VPSchedule(torch.linspace(0.9999, 0.01, 1000))
 CASES = [
     {"m": 1.0, "v_d": 0.25, "sigma": 0.7, "th": 0.2, "s": 0.9},
     {"m": -0.4, "v_d": 0.6, "sigma": 1.3, "th": 0.5, "s": 0.4},
@@ -131,7 +132,7 @@ def test_15_a_nan_sample_is_dropped():
 
 
 def small_sid(**options):
-    teacher = Denoiser(tiny_unet(classes=3), VPSchedule(torch.linspace(0.9999, 0.01, 1000)), "epsilon")
+    teacher = Denoiser(tiny_unet(classes=3), VP, "epsilon")
     return SiD(teacher, **options)
 
 
@@ -212,16 +213,15 @@ def test_levels_of_the_stable_diffusion_and_flow_runs():
 
 
 def test_12_fake_score_loss_is_the_noise_error_for_eps_and_v():
-    vp = VPSchedule(torch.linspace(0.9999, 0.01, 1000))
     for prediction_type in ("epsilon", "v_prediction"):
-        distiller = SiD(gaussian_denoiser(vp, prediction_type), sample_shape=(1, 2, 2))
+        distiller = SiD(gaussian_denoiser(VP, prediction_type), sample_shape=(1, 2, 2))
         x0 = torch.randn(5, 1, 2, 2)
         loss = distiller.fake_score_loss(x0, {"cond": {}}, torch.Generator().manual_seed(3))
         generator = torch.Generator().manual_seed(3)
         t = distiller.fake_score_level(5, generator, None)
         noise = normal(x0.shape, generator)
         x_t = distiller.student.add_noise(x0, noise, t)
-        alpha, sigma = vp.alpha_sigma(t)
+        alpha, sigma = VP.alpha_sigma(t)
         eps = (x_t - alpha * distiller.fake_score(x_t, t)) / sigma
         torch.testing.assert_close(loss, ((eps - noise) ** 2).sum((1, 2, 3)).mean(), rtol=1e-3, atol=1e-4)
 
@@ -230,14 +230,13 @@ def test_13_all_prediction_types_give_the_same_loss():
     """The same Gaussian in VP, flow and EDM, at equal ratio sigma / alpha."""
     losses = []
     for schedule, prediction_type in (
-        (VPSchedule(torch.linspace(0.9999, 0.01, 1000)), "epsilon"),
-        (VPSchedule(torch.linspace(0.9999, 0.01, 1000)), "v_prediction"),
+        (VP, "epsilon"),
+        (VP, "v_prediction"),
         (FlowSchedule(), "flow_prediction"),
         (EDM, "edm"),
     ):
         teacher, fake = (gaussian_denoiser(schedule, prediction_type, mu, s) for mu, s in ((0.3, 0.5), (-0.1, 0.7)))
-        vp = VPSchedule(torch.linspace(0.9999, 0.01, 1000))
-        t = schedule.timestep(vp.ratio(torch.tensor([300, 500])))
+        t = schedule.timestep(VP.ratio(torch.tensor([300, 500])))
         generator = torch.Generator().manual_seed(0)
         x0 = torch.randn(2, 1, 3, 3, generator=generator)
         x_t = teacher.add_noise(x0, torch.randn(2, 1, 3, 3, generator=generator), t)
@@ -342,3 +341,8 @@ def test_6_alpha_above_one_drives_a_wide_student_away():
         d_s = measured(lambda x0, a, b: sid_loss(x0, a, b, alpha=alpha, normalize=False))[2]
         assert (d_s > 0) == (factor < 1)  # descent narrows the student only below the threshold
         assert measured(lambda x0, a, b: sid_loss(x0, a, b, alpha=1.0, normalize=False))[2] > 0
+    threshold = v_d + (v_d + sigma**2) / (2 * (alpha - 1))  # for the mean
+    for factor in (0.9, 1.1):
+        _, measured, _ = fixture(m=1.0, v_d=v_d, sigma=sigma, th=0.5, s=(factor * threshold) ** 0.5)
+        d_th = measured(lambda x0, a, b: sid_loss(x0, a, b, alpha=alpha, normalize=False))[1]
+        assert (d_th < 0) == (factor < 1)

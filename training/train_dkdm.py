@@ -11,12 +11,13 @@ import torch
 from accelerate import Accelerator
 
 from diffusers_onestep import DKDM, Denoiser, Teacher, train
-from diffusers_onestep.arguments import parse_args
+from diffusers_onestep.arguments import DTYPES, parse_args
 from diffusers_onestep.data import Batches, Conditions, Samples
 from diffusers_onestep.distillation import TeacherArguments, compression_hooks
 from diffusers_onestep.models import network_from_config, shrunk
 from diffusers_onestep.presets import DKDM_PRESETS
 from diffusers_onestep.prompts import PromptEmbeddings
+from diffusers_onestep.trainer import configure_networks
 
 
 @dataclass
@@ -98,10 +99,7 @@ def prepare(distiller: DKDM, args: DKDMArguments, accelerator: Accelerator) -> N
     if args.cpu_threads:
         torch.set_num_threads(args.cpu_threads)
     distiller.teacher.to(accelerator.device)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    for part in distiller.teacher.modules():
-        if isinstance(part, Denoiser):
-            part.autocast_dtype = dtype
+    configure_networks(distiller.teacher, DTYPES.get(accelerator.mixed_precision), checkpointing=False)
     distiller.prepare(
         seed=args.seed * accelerator.num_processes + accelerator.process_index,
         batch_size=args.preparation_batch_size,

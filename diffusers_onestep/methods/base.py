@@ -14,6 +14,7 @@ from torch import nn
 
 from ..denoiser import Cond, Denoiser, GuidedDenoiser
 from ..lora import adapted
+from ..network_calls import sample_shape_of
 from ..schedules import NoiseSchedule
 
 Batch = dict[str, Any]
@@ -50,18 +51,6 @@ def edm_training_level(
     return schedule.timestep(torch.exp(-1.2 + 1.2 * normal((batch_size,), generator, device).double()))
 
 
-def sample_shape_of(teacher: Any) -> tuple[int, int, int]:
-    """`(C, H, W)` of model space: the teacher's `sample_shape`, else what its network's config says."""
-    if hasattr(teacher, "sample_shape"):
-        return tuple(teacher.sample_shape)
-    config = getattr(teacher.network, "config", None)
-    if config is None:
-        raise ValueError("`sample_shape` must be given for a teacher whose network has no diffusers config.")
-    size = config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return config.in_channels, height, width
-
-
 def copy_denoiser(denoiser: Denoiser | GuidedDenoiser, lora: LoraConfig | None = None) -> Denoiser:
     """An unguided, trainable float32 copy of a denoiser: fp32 master weights, whatever the teacher's dtype. With
     `lora`, a float32 adapter on the denoiser's own weights instead."""
@@ -92,6 +81,9 @@ class Distiller(ABC):
     paper: Paper
     student: Denoiser
     sample_shape: tuple[int, int, int]
+    teacher: Denoiser | GuidedDenoiser | None = None  # frozen
+    origin: Any = None  # the `Teacher` that it was made from, or a bare denoiser
+    diagnostics: dict[str, torch.Tensor] = {}
     max_grad_norm: float | None = None
     sanitize_gradients: bool = False  # replace non-finite gradients, as SiD does, instead of stopping
 
@@ -104,10 +96,14 @@ class Distiller(ABC):
     def updates(self, batch: Batch, generator: Generators = None) -> Updates:
         """Yield `(network name, loss)` in the paper's order, for a batch of `"batch_size"` and `"cond"`."""
 
-    @property
-    def diagnostics(self) -> dict[str, torch.Tensor]:
-        """Numbers of the last update worth logging, detached."""
-        return {}
+    def take_teacher(self, teacher: Any, sample_shape: tuple[int, int, int] | None) -> None:
+        """Freeze `teacher` (`Teacher`, `Denoiser` or `GuidedDenoiser`) and keep it; `sample_shape` is for networks
+        without a diffusers config."""
+        self.origin = teacher
+        self.teacher = teacher if isinstance(teacher, nn.Module) else teacher.denoiser
+        self.teacher.requires_grad_(False).eval()
+        own = getattr(teacher, "sample_shape", None)
+        self.sample_shape = tuple(sample_shape or own or sample_shape_of(self.teacher.network))
 
     def save_state(self, folder: Path, rank: int) -> None:  # noqa: B027 (most have none)
         """Write what this process's method holds besides networks into a checkpoint, without pickles."""
@@ -119,7 +115,6 @@ class Distiller(ABC):
 class OneStepDistiller(Distiller):
     """A method whose student makes images of noise in one call, or few: what it takes to sample and save it."""
 
-    origin: Any  # the `Teacher` that it was made from, or a bare denoiser
     student_timesteps: list[float]
     init_noise_sigma: float
 

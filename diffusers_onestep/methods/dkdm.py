@@ -13,10 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from ..data import Conditions
 from ..denoiser import Cond, Denoiser, GuidedDenoiser, predict_x0, scale_input
 from ..models import shrunk
+from ..repository import written_beside
 from ..schedules import EDMSchedule, VPSchedule, karras_sigma
-from .base import Distiller, Generators, Paper, check_same_prediction, normal, sample_shape_of, uniform
+from .base import Distiller, Generators, Paper, check_same_prediction, normal, uniform
 
 SCHEMES = ("dynamic", "shuffled", "iterative", "synthetic")
 
@@ -199,7 +201,7 @@ class Reservoir:
         self.r = torch.zeros(slots, dtype=torch.long)  # finished: a slot's first visit draws its noise
         self.row = torch.zeros(slots, dtype=torch.long)
         self.offset = torch.zeros(slots)
-        self.cond = cond if hasattr(cond, "batch") else dict(cond or {})
+        self.cond = cond if hasattr(cond, "batch") else Conditions(cond)
 
     def __len__(self) -> int:
         return len(self.r)
@@ -228,13 +230,11 @@ class Reservoir:
         fresh = index[done]
         self.x[fresh] = self.start(noise[done], offset[done]).to(self.x.dtype)
         self.r[fresh], self.offset[fresh] = self.num_timesteps, offset[done]
-        self.row[fresh] = (row[done] * self._rows()).long()
+        self.row[fresh] = (row[done] * len(self.cond)).long()
 
     def conditions(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
         """The conditions of the slots `index`."""
-        if hasattr(self.cond, "batch"):
-            return self.cond.batch(self.row[index].tolist())["cond"]
-        return {k: v[self.row[index]] for k, v in self.cond.items()}
+        return self.cond.batch(self.row[index].tolist())["cond"]
 
     def write(self, index: torch.Tensor, x: torch.Tensor) -> None:
         """Store the next states of the slots `index`, one step nearer to their end; what is not finite is dropped and
@@ -244,18 +244,11 @@ class Reservoir:
         self.x[index[sound]] = x[sound]
         self.r[index] = torch.where(sound, self.r[index] - 1, 0)
 
-    def _rows(self) -> int:
-        if hasattr(self.cond, "batch"):
-            return len(self.cond)
-        return len(next(iter(self.cond.values()))) if self.cond else 1
-
     def save(self, path: Path) -> None:
         """Write states, times, conditions and offsets as safetensors, beside first."""
-        path = Path(path)
-        beside = path.with_name(f".{path.name}.writing")
         tensors = {"x": self.x, "r": self.r, "row": self.row, "offset": self.offset}
-        save_file(tensors, beside, {"num_timesteps": json.dumps(self.num_timesteps)})
-        beside.replace(path)
+        with written_beside(Path(path)) as beside:
+            save_file(tensors, beside, {"num_timesteps": json.dumps(self.num_timesteps)})
 
     def load(self, paths: list[Path], rank: int = 0, ranks: int = 1) -> None:
         """Read what any number of processes saved, and keep this one's share of it.
@@ -280,8 +273,8 @@ class Reservoir:
             own = torch.cat(values).tensor_split(ranks)[rank].to(getattr(self, name).dtype, copy=True)
             pinned = name == "x" and self.x.is_pinned()
             setattr(self, name, own.pin_memory() if pinned else own)
-        if self.row.max() >= self._rows():
-            raise ValueError(f"`cond` must have the rows of the saved trajectories, but has {self._rows()}.")
+        if self.row.max() >= len(self.cond):
+            raise ValueError(f"`cond` must have the rows of the saved trajectories, but has {len(self.cond)}.")
 
 
 class DKDM(Distiller):
@@ -334,10 +327,8 @@ class DKDM(Distiller):
     ):
         if scheme not in SCHEMES:
             raise ValueError(f"`scheme` must be one of {SCHEMES}, but is {scheme!r}.")
-        self.sample_shape = tuple(sample_shape) if sample_shape else sample_shape_of(teacher)
-        bare = isinstance(teacher, torch.nn.Module)
-        self.teacher = teacher if bare else teacher.denoiser
-        self.teacher.requires_grad_(False).eval()
+        self.take_teacher(teacher, sample_shape)
+        bare = teacher is self.teacher
         if student is None:
             network = shrunk(self.teacher.network, 0.5)
             student = Denoiser(network, self.teacher.schedule, self.teacher.prediction_type)
@@ -356,7 +347,7 @@ class DKDM(Distiller):
                 "`learned_variance` must be False with a guided teacher and in the synthetic scheme, which has no "
                 "variance to learn from, but is True."
             )
-        self.student, self.scheme, self.origin = student, scheme, teacher
+        self.student, self.scheme = student, scheme
         settings = {} if bare else teacher.scheduler.config
         self.chain = Chain(
             self.teacher,
@@ -386,7 +377,6 @@ class DKDM(Distiller):
         )
         self.prepared = False
         self._order, self._cursor = None, 0
-        self._diagnostics: dict[str, torch.Tensor] = {}
 
     @staticmethod
     def _all_conditions(teacher: Any) -> Cond:
@@ -399,10 +389,6 @@ class DKDM(Distiller):
     @property
     def trainable(self):
         return {"student": self.student.network}
-
-    @property
-    def diagnostics(self):
-        return self._diagnostics
 
     @torch.no_grad()
     def prepare(self, seed: int = 0, batch_size: int = 250, progress_bar: bool = True) -> None:
@@ -452,7 +438,7 @@ class DKDM(Distiller):
         sound = output.flatten(1).isfinite().all(1).reshape(-1, 1, 1, 1)
         output = torch.where(sound, output, student_output.detach())
         loss = dkdm_loss(student_output, output, x_t=x_t, chain=self.chain, place=place, offset=offset)
-        self._diagnostics = {"place": place.float().mean()}
+        self.diagnostics = {"place": place.float().mean()}
         yield "student", loss
 
     def slots(self, size: int, shared: torch.Generator | None, generator: Generators) -> torch.Tensor:

@@ -12,10 +12,7 @@ from ..denoiser import Denoiser
 from ..schedules import VPSchedule
 from .base import Paper, normal
 from .distances import image_distance
-from .score import ScoreDistiller
-
-# sigma / alpha of Stable Diffusion's scaled-linear betas at t = 20 and t = 980, the ends of the papers' draw
-SD_RATIOS = (0.138, 13.04)
+from .score import SD_RATIO, ScoreDistiller
 
 
 def distribution_matching_loss(x0: torch.Tensor, teacher_x0: torch.Tensor, fake_x0: torch.Tensor) -> torch.Tensor:
@@ -171,7 +168,7 @@ class DMD(ScoreDistiller):
         if level_ratios is not None and not (len(level_ratios) == 2 and 0 < level_ratios[0] < level_ratios[1]):
             raise ValueError(f"`level_ratios` must be two rising positive numbers, but are {level_ratios}.")
         if level_ratios is None and isinstance(self.teacher.schedule, VPSchedule):
-            level_ratios = SD_RATIOS
+            level_ratios = SD_RATIO[20], SD_RATIO[980]
         if not matching_weight and not regression_weight:
             raise ValueError("`matching_weight` and `regression_weight` must not both be 0.")
         self.level_ratios = level_ratios

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..denoiser import Cond, Denoiser, end_of_trajectory, ode_time, predict_x0, scale_input, trajectory
 from ..schedules import FlowSchedule, VPSchedule, karras_sigma
-from .base import OneStepDistiller, Paper, check_same_prediction, copy_denoiser, normal, sample_shape_of, uniform
+from .base import OneStepDistiller, Paper, check_same_prediction, copy_denoiser, normal, uniform
 from .distances import DISTANCES, Distance, image_distance
 
 __all__ = ["PID", "residual", "time_grid", "trajectory"]
@@ -91,10 +91,7 @@ class PID(OneStepDistiller):
             raise ValueError(f"`head` must be 'network' or 'teacher', but is {head!r}.")
         if num_points < 3:
             raise ValueError(f"`num_points` must be at least 3, but is {num_points}.")
-        self.sample_shape = tuple(sample_shape) if sample_shape else sample_shape_of(teacher)
-        self.teacher = getattr(teacher, "denoiser", teacher) if not isinstance(teacher, torch.nn.Module) else teacher
-        self.teacher.requires_grad_(False).eval()
-        self.origin = teacher
+        self.take_teacher(teacher, sample_shape)
         self.student = copy_denoiser(self.teacher)
         if student is not None:
             check_same_prediction(student, self.teacher)
@@ -113,7 +110,6 @@ class PID(OneStepDistiller):
         self.start = self.timesteps[0].item()
         self.student_timesteps = [self.timesteps[-1].item()]
         self.init_noise_sigma = (self.times[0] * scale.flatten()[0]).item()
-        self._diagnostics: dict[str, torch.Tensor] = {}
 
     def _timesteps(self, n: int, start_ratio: float | None) -> torch.Tensor:
         """The time grid as timesteps of the teacher, noisiest first."""
@@ -139,10 +135,6 @@ class PID(OneStepDistiller):
     def distance(self) -> Distance:
         """The distance of the loss, whose network is loaded when it is first needed."""
         return image_distance(self._distance) if isinstance(self._distance, str) else self._distance
-
-    @property
-    def diagnostics(self):
-        return self._diagnostics
 
     @property
     def student_settings(self):
@@ -182,7 +174,7 @@ class PID(OneStepDistiller):
         with torch.no_grad():
             x_t = self.point(f_t.detach(), x_start, index)
             teacher_x0 = self.teacher(x_t, timesteps, cond)
-        self._diagnostics = {"residual": ((A.detach() - teacher_x0) ** 2).mean()}
+        self.diagnostics = {"residual": ((A.detach() - teacher_x0) ** 2).mean()}
         return self.distance(A, teacher_x0)
 
     def f(

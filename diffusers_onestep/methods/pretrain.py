@@ -7,8 +7,9 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from ..denoiser import Cond, Denoiser
+from ..network_calls import sample_shape_of
 from ..schedules import EDMSchedule
-from .base import Distiller, Paper, edm_training_level, normal, sample_shape_of, uniform
+from .base import Distiller, Paper, edm_training_level, normal, uniform
 from .distances import Distance, image_distance
 
 
@@ -33,7 +34,7 @@ class Pretraining(Distiller):
         self.student = student
         self.null_condition = null_condition
         self.dropout = dropout
-        self.sample_shape = sample_shape_of(student)
+        self.sample_shape = sample_shape_of(student.network)
 
     @property
     def trainable(self):
@@ -95,20 +96,15 @@ class AutoencoderPretraining(Distiller):
         self.student = Autoencoder(network)
         self.kl_weight = kl_weight
         self.distance = distance or image_distance("l1")
-        self.sample_shape = (network.config.in_channels, network.config.sample_size, network.config.sample_size)
-        self._last: dict[str, torch.Tensor] = {}
+        self.sample_shape = sample_shape_of(network)
 
     @property
     def trainable(self):
         return {"student": self.student.network}
 
-    @property
-    def diagnostics(self):
-        return self._last
-
     def updates(self, batch, generator=None):
         x0 = batch["x0"]
         decoded, divergence = self.student(x0, generator)
         distance = self.distance(decoded, x0)
-        self._last = {"distance": distance.detach(), "divergence": divergence.detach()}
+        self.diagnostics = {"distance": distance.detach(), "divergence": divergence.detach()}
         yield "student", distance + self.kl_weight * divergence

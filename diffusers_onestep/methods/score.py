@@ -1,8 +1,7 @@
 """The base of score distillation: a student, a frozen teacher, and a fake score that tracks the student's own samples.
 
 DMD, SiD and their relatives differ in a loss, in the draw of noise levels, in the order and ratio of the updates, and
-in
-whether gradients flow through the two scores (`methods/dmd.py`, `methods/sid.py`).
+in whether gradients flow through the two scores (`methods/dmd.py`, `methods/sid.py`).
 """
 
 from abc import abstractmethod
@@ -22,9 +21,11 @@ from .base import (
     check_same_prediction,
     copy_denoiser,
     normal,
-    sample_shape_of,
     uniform,
 )
+
+# sigma / alpha of Stable Diffusion's scaled-linear betas at the ends of the papers' draws: the same levels elsewhere
+SD_RATIO = {20: 0.138, 979: 12.9663, 980: 13.04}
 
 
 class ScoreDistiller(OneStepDistiller):
@@ -61,14 +62,10 @@ class ScoreDistiller(OneStepDistiller):
     ):
         if fake_score_updates < 1:
             raise ValueError(f"`fake_score_updates` must be at least 1, but is {fake_score_updates}.")
-        self.sample_shape = tuple(sample_shape) if sample_shape else sample_shape_of(teacher)
-        bare = isinstance(teacher, (Denoiser, GuidedDenoiser))
-        self.teacher: Denoiser | GuidedDenoiser = teacher if bare else teacher.denoiser
-        self.teacher.requires_grad_(False).eval()
-        self.origin = teacher
+        self.take_teacher(teacher, sample_shape)
         # of one sample; what guidance of the fake score would need
-        self.negative_cond: Cond = teacher.negative_cond if isinstance(teacher, GuidedDenoiser) else {}
-        if not bare:
+        self.negative_cond: Cond = getattr(teacher, "negative_cond", {})
+        if teacher is not self.teacher:
             self.negative_cond = teacher.null_condition(1)
         self.student = copy_denoiser(self.teacher, lora)
         if student is not None:
@@ -92,15 +89,10 @@ class ScoreDistiller(OneStepDistiller):
         _, sigma = schedule.alpha_sigma(torch.tensor(self.student_timesteps[:1], dtype=torch.float64))
         unit = not self.signal_free and not isinstance(schedule, EDMSchedule)
         self.init_noise_sigma = 1.0 if unit else sigma.item()
-        self._diagnostics: dict[str, torch.Tensor] = {}
 
     @property
     def trainable(self) -> dict[str, nn.Module]:
         return {"student": trained_part(self.student.network), "fake_score": trained_part(self.fake_score.network)}
-
-    @property
-    def diagnostics(self):
-        return self._diagnostics
 
     # the algorithm box
 
@@ -205,7 +197,7 @@ class ScoreDistiller(OneStepDistiller):
         d = (teacher_x0 - fake_x0).flatten(1)
         gap = (d**2).sum(1).mean()
         lag = (d * (fake_x0 - x0).flatten(1)).sum(1).mean() / gap.clamp(min=1e-12)
-        self._diagnostics = {"score_gap": gap, "fake_score_lag": lag}
+        self.diagnostics = {"score_gap": gap, "fake_score_lag": lag}
 
     # what a method decides
 

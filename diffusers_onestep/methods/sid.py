@@ -15,7 +15,7 @@ from ..denoiser import Denoiser, GuidedDenoiser
 from ..models import set_dropout
 from ..schedules import EDMSchedule, FlowSchedule, VPSchedule, karras_sigma
 from .base import Paper, edm_training_level, normal, uniform
-from .score import ScoreDistiller
+from .score import SD_RATIO, ScoreDistiller
 
 logger = logging.get_logger(__name__)
 
@@ -222,7 +222,7 @@ class SiD(ScoreDistiller):
         if self.noise_levels == "logit_normal":
             # s = sigmoid(N(ln 2, 1.6**2)) and ratio = s / (1 - s)
             return schedule.timestep(torch.exp(math.log(2) + 1.6 * normal((batch_size,), generator, device).double()))
-        return self.uniform_between(SD_RATIO_20, SD_RATIO_979, batch_size, generator, device)
+        return self.uniform_between(SD_RATIO[20], SD_RATIO[979], batch_size, generator, device)
 
     def fake_score_weight(self, t):
         """The network's own loss; for VP always that of the noise, `alpha**2 / sigma**2`, also for v teachers."""
@@ -234,7 +234,3 @@ class SiD(ScoreDistiller):
     @staticmethod
     def reduce(error):
         return error.flatten(1).sum(1).mean()
-
-
-# sigma / alpha of Stable Diffusion's scaled-linear betas at t = 20 and t = 979, the ends of its draw
-SD_RATIO_20, SD_RATIO_979 = 0.1380, 12.9663

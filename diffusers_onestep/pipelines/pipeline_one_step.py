@@ -15,6 +15,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..conditions import Labels, label_embeddings, label_ids, named_labels
+from ..network_calls import sample_shape_of
 from ..repository import load_index, resolve_model, safetensors_only
 from ..schedulers import OneStepScheduler
 
@@ -121,9 +122,7 @@ class OneStepPipeline(DiffusionPipeline):
     @property
     def sample_shape(self) -> tuple[int, int, int]:
         """`(C, H, W)` of the images."""
-        size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return self.unet.config.in_channels, height, width
+        return sample_shape_of(self.unet)
 
     def check_inputs(
         self,
