@@ -28,10 +28,16 @@ class Pretraining(Distiller):
         arxiv_id="2006.11239",
         citation="Ho, Jain, Abbeel, NeurIPS 2020",
     )
+    edm_paper = Paper(
+        title="Elucidating the Design Space of Diffusion-Based Generative Models",
+        arxiv_id="2206.00364",
+        citation="Karras, Aittala, Aila, Laine, NeurIPS 2022",
+    )
     max_grad_norm = 1.0
 
     def __init__(self, student: Denoiser, null_condition: Cond | None = None, dropout: float = 0.1):
         self.student = student
+        self.paper = self.edm_paper if isinstance(student.schedule, EDMSchedule) else self.paper
         self.null_condition = null_condition
         self.dropout = dropout
         self.sample_shape = sample_shape_of(student.network)
