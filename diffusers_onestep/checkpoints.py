@@ -20,7 +20,7 @@ import torch
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of torch.save before zip files
 _PLAIN = (str, int, float, bytes, type(None))
 _MAX_DEPTH, _MAX_MODULES = 16, 100_000
-_MAX_DIMENSIONS = 16
+_MAX_DIMENSIONS, _MAX_NAME = 16, 100
 
 
 class UnsafeCheckpointError(ValueError):
@@ -99,10 +99,11 @@ class _Storage:
 
 
 def _persistent_object(meta: Any) -> StoredModule:
-    if not isinstance(meta, dict) or meta.get("type") != "class" or not isinstance(meta.get("class_name"), str):
+    name = meta.get("class_name") if isinstance(meta, dict) and meta.get("type") == "class" else None
+    if not isinstance(name, str) or len(name) > _MAX_NAME:
         raise UnsafeCheckpointError("it holds a persistent object that is no class instance")
     # a reference: the state may be complete only later
-    return StoredModule(meta["class_name"], meta["state"] if isinstance(meta.get("state"), dict) else {})
+    return StoredModule(name, meta["state"] if isinstance(meta.get("state"), dict) else {})
 
 
 def _rebuild_tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None) -> torch.Tensor:
@@ -143,12 +144,11 @@ def _module_class(name: str) -> type[StoredModule]:
     return type(name, (StoredModule,), {"__init__": lambda self: StoredModule.__init__(self, name)})
 
 
-# everything that a file may name, besides the two functions of `_Reader` that copy bytes
+# everything that a file may name, besides the functions of `_Reader` that use its bytes
 _GLOBALS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): lambda: OrderedDict(),
     ("dnnlib.util", "EasyDict"): lambda: {},
     ("torch_utils.persistence", "_reconstruct_persistent_obj"): _persistent_object,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): lambda data, requires_grad=True, hooks=None: data,
     ("numpy", "dtype"): _Ignored,
     ("numpy", "ndarray"): _Ignored,
@@ -182,16 +182,16 @@ class _Bounded:
 
 
 class _Budget:
-    """Bytes that the functions which a file calls may yet copy. Each of its own bytes is encoded once and loaded once:
-    a file can call a function any number of times on the same bytes."""
+    """Bytes that the functions which a file calls may yet use. Each of its own bytes is encoded once, loaded once and
+    part of one tensor: a file can call a function any number of times on the same bytes."""
 
     def __init__(self, size: int):
-        self.left = 2 * size
+        self.left = 3 * size
 
     def spend(self, count: int) -> None:
         self.left -= count
         if self.left < 0:
-            raise UnsafeCheckpointError("it copies the same bytes again and again")
+            raise UnsafeCheckpointError("it uses the same bytes again and again")
 
 
 class _Reader(pickle._Unpickler):
@@ -206,6 +206,7 @@ class _Reader(pickle._Unpickler):
         self._globals = _GLOBALS | {
             ("_codecs", "encode"): self.encode,
             ("torch.storage", "_load_from_bytes"): self.load_from_bytes,
+            ("torch._utils", "_rebuild_tensor_v2"): self.rebuild_tensor,
         }
 
     def encode(self, text: Any, encoding: Any = "latin1") -> bytes:
@@ -219,6 +220,11 @@ class _Reader(pickle._Unpickler):
             raise UnsafeCheckpointError("it holds a storage without data")
         self._budget.spend(len(data))
         return _read_legacy(data, self._budget)
+
+    def rebuild_tensor(self, *arguments: Any) -> torch.Tensor:
+        tensor = _rebuild_tensor(*arguments)
+        self._budget.spend(tensor.numel() * tensor.element_size())
+        return tensor
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._globals:
@@ -389,5 +395,9 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
     except UnsafeCheckpointError as error:
         raise UnsafeCheckpointError(f"`file` {str(path)!r} is refused: {error}.") from None
     except Exception as error:  # a hostile file can raise anything, in anybody's name
-        reason = str(error) or type(error).__name__
-        raise ValueError(f"`file` {str(path)!r} is no readable checkpoint: {reason}.") from error
+        raise ValueError(f"`file` {str(path)!r} is no readable checkpoint: {first_line(error)}.") from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without the traces that torch appends."""
+    return str(error).partition("\n")[0] or type(error).__name__

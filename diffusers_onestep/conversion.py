@@ -23,13 +23,13 @@ from diffusers import DDPMScheduler, DiffusionPipeline, EDMEulerScheduler, UNet2
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .checkpoints import StoredModule, read_checkpoint
+from .checkpoints import StoredModule, first_line, read_checkpoint
 from .models import EDM2UNet2DModel, EDMUNet2DModel
 from .models.unet_edm import ARCHITECTURES, resample_kernel
 from .pipelines import OneStepPipeline
 from .repository import write_json
 from .schedulers import EDMHeunScheduler, student_scheduler
-from .schedules import iddpm_sigmas, vp_sde_alphas_cumprod
+from .schedules import VE_SIGMAS, VP_BETA_D, VP_BETA_MIN, VP_STEPS, iddpm_sigmas, vp_sde_alphas_cumprod
 
 State = dict[str, torch.Tensor]
 
@@ -139,8 +139,12 @@ def convert(
         }
         try:
             converted = read[kind](content, config)
-        except (TypeError, KeyError, IndexError, AttributeError, RuntimeError, ZeroDivisionError) as error:
-            raise ValueError(f"`file` {str(file)!r} holds no network of the kind {kind!r}: {error}.") from error
+        except Exception as error:  # options of a hostile file can raise anything
+            if isinstance(error, ValueError) and str(error).startswith("`"):
+                raise  # says what must be
+            raise ValueError(
+                f"`file` {str(file)!r} holds no network of the kind {kind!r}: {first_line(error)}."
+            ) from error
         pipeline, notes = pipeline_of(converted, kind), converted.notes
     beside = out.with_name(f".{out.name}.writing")
     shutil.rmtree(beside, ignore_errors=True)
@@ -238,7 +242,7 @@ def network_from_edm(wrapper: str, options: Mapping[str, Any], state: State) -> 
     if preconditioning == "edm":
         return Converted(network, EDMEulerScheduler(sigma_data=sigma_data), "edm", labels)
     if preconditioning == "ve":
-        scheduler = EDMHeunScheduler(0.02, 80.0, preconditioning="ve")
+        scheduler = EDMHeunScheduler(VE_SIGMAS[0], preconditioning="ve")
         return Converted(network, scheduler, "ve", labels)
     products = vp_sde_alphas_cumprod() if preconditioning == "vp" else 1 / (1 + iddpm_sigmas() ** 2)
     betas = 1 - products / torch.cat([products.new_ones(1), products[:-1]])
@@ -247,8 +251,13 @@ def network_from_edm(wrapper: str, options: Mapping[str, Any], state: State) -> 
     return Converted(network, scheduler, "epsilon", labels)
 
 
-_IGNORED_OPTIONS = {"use_fp16", "sigma_min", "sigma_max", "beta_d", "beta_min", "M", "epsilon_t", "C_1", "C_2"}
+_IGNORED_OPTIONS = {"use_fp16", "sigma_min", "sigma_max", "epsilon_t"}
 _IGNORED_OPTIONS |= {"label_dropout", "logvar_channels", "force_normalization", "use_gan"}
+# what our schedules know no other values of
+_FIXED_OPTIONS = {"beta_d": VP_BETA_D, "beta_min": VP_BETA_MIN, "M": VP_STEPS, "C_1": 0.001, "C_2": 0.008}
+# numbers that no shape of a tensor tells, and their range
+_NUMBERS = {"sigma_data": (1e-3, 1e3), "dropout": (0, 1), "clip_act": (1e-3, 1e6)}
+_NUMBERS |= dict.fromkeys(("label_balance", "concat_balance", "res_balance", "attn_balance"), (0, 1))
 # option of EDM's and EDM2's constructors: name in our configs
 _EDM_NAMES = {
     "img_resolution": "sample_size",
@@ -314,6 +323,13 @@ def edm2_settings(options: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
 def _common(settings: dict[str, Any], options: dict[str, Any], names: Mapping[str, str]) -> float:
     for key in _IGNORED_OPTIONS & options.keys():
         del options[key]
+    for key in _FIXED_OPTIONS.keys() & options.keys():
+        if (value := _plain(options.pop(key))) != _FIXED_OPTIONS[key]:
+            raise ValueError(f"`file` must have {_FIXED_OPTIONS[key]} as its option {key!r}, but has {value!r}.")
+    for key in _NUMBERS.keys() & options.keys():
+        value, (low, high) = _plain(options[key]), _NUMBERS[key]
+        if not isinstance(value, (int, float)) or not low <= value <= high:
+            raise ValueError(f"`file` must have a number in [{low}, {high}] as its option {key!r}, but has {value!r}.")
     for key in ("img_resolution", "img_channels"):
         if key not in options:
             raise ValueError(f"`file` must state the option {key!r}, but does not.")
@@ -537,34 +553,18 @@ def guided_diffusion_network(content: Any, config: dict[str, Any]) -> Converted:
 
 
 def _guided_levels(state: State, channels: int) -> tuple[tuple[float, ...], int]:
-    """`channel_mult` and blocks per level: a level ends with a residual block that is followed by another size."""
-    widths: list[list[int]] = [[]]
-    count = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("input_blocks."))
-    # every level has the same number of blocks, and all but the last one a downsampling block
-    for levels in range(1, count + 1):
-        blocks, rest = divmod(count - 1 - (levels - 1), levels)
-        if rest or blocks < 1:
-            continue
-        places = [1 + level * (blocks + 1) + i for level in range(levels) for i in range(blocks)]
-        per_level = [
-            {state[f"input_blocks.{k}.0.out_layers.3.weight"].shape[0] for k in places[i : i + blocks]}
-            for i in range(0, len(places), blocks)
-        ]
-        downs = [(level + 1) * (blocks + 1) for level in range(levels - 1)]
-        keeps = all(
-            f"input_blocks.{k}.0.skip_connection.weight" not in state and f"input_blocks.{k}.1.qkv.weight" not in state
-            for k in downs
+    """`channel_mult` and blocks per level: every level but one has an upsampling block after its last one."""
+    names = [key.split(".") for key in state if key.endswith(".in_layers.0.weight")]
+    levels = 1 + sum(name[0] == "output_blocks" and name[2] != "0" for name in names)
+    count = 1 + sum(name[0] == "input_blocks" for name in names)
+    convolutions = [f"input_blocks.{k}.0.out_layers.3.weight" for k in range(1, count)]
+    blocks = count // levels - 1  # the convolution or a downsampling block goes before those of a level
+    if count % levels or blocks < 1 or not all(key in state for key in convolutions):
+        raise ValueError(
+            "`file` must be a U-Net of guided-diffusion with residual resampling, but its blocks are others."
         )
-        if (
-            keeps
-            and all(len(own) == 1 for own in per_level)
-            and f"output_blocks.{levels * (blocks + 1) - 1}.0" in {".".join(k.split(".")[:3]) for k in state}
-            and f"output_blocks.{levels * (blocks + 1)}.0.in_layers.0.weight" not in state
-        ):
-            widths = per_level
-            mult = [own.pop() / channels for own in widths]
-            return tuple(int(m) if m == int(m) else m for m in mult), blocks
-    raise ValueError("`file` must be a U-Net of guided-diffusion with residual resampling, but its blocks are others.")
+    mult = [state[key].shape[0] / channels for key in convolutions[:: blocks + 1]]
+    return tuple(int(m) if m == int(m) else m for m in mult), blocks
 
 
 _GUIDED_RESNET = {"in_layers.0": "norm0", "in_layers.2": "conv0", "emb_layers.1": "affine", "out_layers.0": "norm1"}
@@ -644,6 +644,7 @@ def text_student(
             raise ValueError(
                 f"`student_timesteps` must be given for {str(file)!r}: its name has none of {sorted(known)}."
             )
+    state = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
     pipeline = DiffusionPipeline.from_pretrained(base, use_safetensors=True)
     check_state(state, pipeline.unet.state_dict())
     pipeline.unet.load_state_dict({k: v.float() for k, v in state.items()})

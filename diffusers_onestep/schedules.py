@@ -134,7 +134,7 @@ class EDMSchedule(NoiseSchedule):
     | `"iddpm"` | DDPM's timestep, with the cosine schedule; the network sees whole ones | as `"vp"` | `"epsilon"` |
 
     Args:
-        sigma_min, sigma_max (`float`): range of noise levels.
+        sigma_min, sigma_max (`float`): range of noise levels, cut to what networks of the preconditioning know.
         sigma_data (`float`): standard deviation of the data; of "edm" alone.
         num_train_timesteps (`int`): see `grid`.
         preconditioning (`str`): as above.
@@ -150,11 +150,16 @@ class EDMSchedule(NoiseSchedule):
     ):
         if preconditioning not in PRECONDITIONINGS:
             raise ValueError(f"`preconditioning` must be one of {PRECONDITIONINGS}, but is {preconditioning!r}.")
-        self.preconditioning = preconditioning
-        self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
+        self.preconditioning, self.sigma_data = preconditioning, sigma_data
         self.num_train_timesteps = num_train_timesteps
         self._levels: dict[torch.device, torch.Tensor] = {}  # one copy per device
-        ends = self.c_noise(torch.tensor([sigma_min, sigma_max], dtype=torch.float64))
+        least, largest = 0.0, math.inf
+        if preconditioning == "ve":
+            least, largest = VE_SIGMAS
+        elif preconditioning == "iddpm":
+            least, largest = self.iddpm_levels()[[0, -1]].tolist()
+        self.sigma_min, self.sigma_max = max(sigma_min, least), min(sigma_max, largest)
+        ends = self.c_noise(torch.tensor([self.sigma_min, self.sigma_max], dtype=torch.float64))
         self.t_min, self.t_max = ends.tolist()
 
     @property
@@ -226,6 +231,7 @@ class EDMSchedule(NoiseSchedule):
 
 PRECONDITIONINGS = ("edm", "vp", "ve", "iddpm")
 VP_BETA_D, VP_BETA_MIN, VP_STEPS = 19.9, 0.1, 1000  # of the VP SDE (Karras et al. 2022, Table 1)
+VE_SIGMAS = (0.02, 100.0)  # of the VE SDE
 
 
 def iddpm_sigmas(steps: int = 1000) -> torch.Tensor:

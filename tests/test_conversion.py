@@ -1,5 +1,6 @@
 """Published checkpoints to folders, and files that mean harm."""
 
+import copyreg
 import io
 import json
 import os
@@ -18,7 +19,7 @@ from test_edm import GOLDEN, NETWORKS
 from diffusers_onestep import EDM2UNet2DModel, EDMSchedule, EDMUNet2DModel, OneStepPipeline, Teacher, convert
 from diffusers_onestep.checkpoints import UnsafeCheckpointError, read_checkpoint
 from diffusers_onestep.cli import main
-from diffusers_onestep.conversion import EDM_WRAPPERS, adm_to_stock, guided_to_edm
+from diffusers_onestep.conversion import EDM_WRAPPERS, _guided_levels, adm_to_stock, guided_to_edm
 
 DDPMPP = {"img_resolution": 8, "img_channels": 3, "label_dim": 4, "model_channels": 16, "channel_mult": [1, 2]}
 DDPMPP |= {"num_blocks": 1, "attn_resolutions": [4], "augment_dim": 9, "model_type": "SongUNet", "dropout": 0.13}
@@ -213,6 +214,35 @@ def test_guided_diffusion(flags, tmp_path):
         convert(tmp_path / "tiny.pt", tmp_path / "other")
 
 
+@pytest.mark.parametrize(
+    "mult, blocks, attention", [((2, 2), 1, ()), ((1, 1, 1), 1, (4,)), ((1, 2, 2), 2, (8, 4)), ((2,), 3, (16,))]
+)
+def test_levels_of_guided_diffusion_networks(mult, blocks, attention):
+    """Also where all levels are of one width: by their blocks alone they could be one level."""
+    state, k, size = {"time_embed.0.weight": torch.zeros(64, 16)}, 1, 16
+    for level, m in enumerate(mult):
+        for _ in range(blocks):
+            state |= dict.fromkeys([f"input_blocks.{k}.0.in_layers.0.weight"], torch.zeros(16))
+            state[f"input_blocks.{k}.0.out_layers.3.weight"] = torch.zeros(16 * m, 1, 3, 3)
+            k += 1
+        if level + 1 < len(mult):
+            state[f"input_blocks.{k}.0.in_layers.0.weight"] = torch.zeros(16 * m)
+            state[f"input_blocks.{k}.0.out_layers.3.weight"] = torch.zeros(16 * m, 1, 3, 3)
+            k += 1
+    for k in range(len(mult) * (blocks + 1)):
+        state[f"output_blocks.{k}.0.in_layers.0.weight"] = torch.zeros(16)
+        level = len(mult) - 1 - k // (blocks + 1)
+        attends = size >> level in attention
+        if attends:
+            state[f"output_blocks.{k}.1.qkv.weight"] = torch.zeros(48, 16, 1)
+        if level and k % (blocks + 1) == blocks:
+            state[f"output_blocks.{k}.{1 + attends}.in_layers.0.weight"] = torch.zeros(16)
+    assert _guided_levels(state, 16) == (mult, blocks)
+    state["input_blocks.99999999999.0.in_layers.0.weight"] = torch.zeros(16)  # nothing is counted up to it
+    with pytest.raises(ValueError, match="with residual resampling"):
+        _guided_levels(state, 16)
+
+
 def to_guided(state, heads, new_order):
     """EDM's names to guided-diffusion's, for one block per level and two levels."""
     blocks = {"enc.8x8_conv": "input_blocks.0.0", "enc.8x8_block0": "input_blocks.1", "enc.4x4_down": "input_blocks.2"}
@@ -325,6 +355,9 @@ def test_text_student(name, steps, tmp_path):
     torch.save({k: v.half() for k, v in state.items()}, tmp_path / name)
     with pytest.raises(ValueError, match="`base` must be the pipeline"):
         convert(tmp_path / name, tmp_path / "out")
+    torch.save({"conv_in.weight": "no tensor"}, tmp_path / f"wrong_{name}")
+    with pytest.raises(ValueError, match=r"'conv_in.weight' must be .*, but is none"):
+        convert(tmp_path / f"wrong_{name}", tmp_path / "out", base=tmp_path / "base")
     convert(tmp_path / name, tmp_path / "out", base=tmp_path / "base")
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert torch.equal(loaded.unet.state_dict()["conv_in.weight"], state["conv_in.weight"].half().float())
@@ -380,7 +413,7 @@ def hostile_files(folder):
     bomb = io.BytesIO()
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/data.pkl", dump({}))
-        archive.writestr("a/data/0", bytes(50_000_000))
+        archive.writestr("a/data/0", bytes(5_000_000))
     big = b"\x80\x04"  # protocol 4
     yield "os.system", dump(Reduces(os.system, f"touch {mark}")), "posix.system"
     yield "eval", dump(Reduces(eval, f"open({str(mark)!r}, 'w')")), "builtins.eval"
@@ -418,6 +451,51 @@ def hostile_files(folder):
     yield "tower of tuples in the list of storages", named, "names a storage by a tuple"
     many = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(%sK\x00(" + b"K\x01" * 1000 + b"t2tR."
     yield "a thousand dimensions", head + many % storage[2:-1].replace(b"%s", b"K\x00"), "1000 dimensions"
+    view = b"ctorch._utils\n_rebuild_tensor_v2\n(h\x00K\x00M\xe8\x03\x85K\x01\x85\x89ccollections\nOrderedDict\n)RtR"
+    first = storage[:-1].replace(b"K\x01tQ", b"M\xe8\x03tQq\x000") % b"K\x00" + b"("
+    data = head + first + 100 * view + b"l." + dump([0], 2) + struct.pack("<q", 1000) + bytes(4000)
+    yield "a hundred tensors of one storage", data, "again and again"
+    named = b"ctorch_utils.persistence\n_reconstruct_persistent_obj\n(}(U\x04typeU\x05classU\nclass_nameT%sutR."
+    yield "a long class name", named % (struct.pack("<I", 9999) + b"a" * 9999), "no class instance"
+    yield "persistent module", named.replace(b"class", b"modul", 1) % b"\x01\0\0\0a", "no class instance"
+    yield "reconstructor", dump(Reduces(copyreg._reconstructor, list, list, [1]), 2), "copy_?reg._reconstructor"
+    yield "partial", b"cfunctools\npartial\n(cos\nsystem\ntR.", "functools.partial"
+    stand_in = b"cbuiltins\ngetattr\n(cdnnlib.util\nEasyDict\nS'__globals__'\ntR"
+    yield "attribute that is called", stand_in + b"(S'x'\ntR.", "calls something that is no function"
+    yield "attributes of a function", stand_in + b".", "none of the kinds"
+    yield "instance of a text", b"\x80\x02X\x01\x00\x00\x00a)\x81.", "calls something that is no function"
+    yield "dtype that is called", b"\x80\x02ctorch\nFloatStorage\nK\x01\x85R.", "no readable checkpoint"
+    yield "deep lists", b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".", "none of the kinds"
+    yield "deep tuples", b"\x80\x02)" + b"\x85" * 100_000 + b".", "none of the kinds"
+    doubled = b"".join(b"]q%c(h%ch%ce" % (i, i - 1, i - 1) for i in range(1, 60))
+    yield "a list of two lists of two", b"\x80\x02]q\x00" + doubled + b".", "none of the kinds"
+    yield "number of a million digits", b"I" + b"9" * 1_000_000 + b"\n.", "no readable checkpoint"
+    yield "marks", b"(" * 100_000 + b".", "none of the kinds|no readable checkpoint"
+    yield "unknown protocol", b"\x80\xc8N.", "no readable checkpoint"
+    yield "dict of itself", b"\x80\x02}q\x00X\x03\x00\x00\x00emah\x00s.", "none of the kinds"
+    yield (
+        "storage of 2**50",
+        head + storage.replace(b"K\x01", b"\x8a\x08" + struct.pack("<q", 1 << 50)) % b"K\x00",
+        "states",
+    )
+    yield "storage that is listed but not there", head + dump({}, 2) + dump(["a"], 2), "no readable checkpoint"
+    for words in ("short", "absent", "damaged"):
+        other, good_zip = io.BytesIO(), io.BytesIO()
+        torch.save({"conv_in.weight": torch.zeros(300)}, good_zip)
+        with zipfile.ZipFile(good_zip) as source, zipfile.ZipFile(other, "w") as archive:
+            for entry in source.namelist():
+                if "/data/" not in entry:
+                    archive.writestr(entry, source.read(entry))
+                elif words != "absent":
+                    archive.writestr(entry, b"abc" if words == "short" else b"abc" * 400)
+        data = other.getvalue()
+        data = data.replace(b"abcabc", b"abcabd", 1) if words == "damaged" else data
+        yield f"zip whose storage is {words}", data, "no readable checkpoint|states 300 elements"
+    twice = io.BytesIO()
+    with zipfile.ZipFile(twice, "w") as archive:
+        archive.writestr("a/data.pkl", dump({}))
+        archive.writestr("b/data.pkl", dump({}))
+    yield "zip of two files", twice.getvalue(), "none of torch"
     yield "an innocent list", dump([1, 2, 3]), "none of the kinds"
     tower = b"".join([big, b")", *[b"\x94h" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(60)]])
     yield "tower of tuples as a key", tower + b"}\x85.", "none of the kinds|no readable|refused"
@@ -472,6 +550,25 @@ def test_tensors_are_no_larger_than_the_file(size, stride, tmp_path):
         ({"resample_filter": [1, 3, 3, 1]}, "is not the filter|does not fit"),
         ({"secret": 1}, "options that no network of EDM knows: .'secret'."),
         ({"model_type": "VisionTransformer"}, "`model_type` must be"),
+        ({"dropout": "x"}, r"a number in \[0, 1\] as its option 'dropout', but has 'x'"),
+        ({"dropout": float("nan")}, "as its option 'dropout', but has nan"),
+        ({"sigma_data": 0.0}, "as its option 'sigma_data', but has 0.0"),
+        ({"sigma_data": float("inf")}, "as its option 'sigma_data', but has inf"),
+        ({"M": 4000}, "must have 1000 as its option 'M', but has 4000"),
+        ({"beta_d": 10.0}, "must have 19.9 as its option 'beta_d', but has 10.0"),
+        ({"img_resolution": 10**5000}, "`file` .*holds no network of the kind 'edm': Exceeds the limit"),
+        ({"channel_mult": [float("nan"), 2]}, "`file` .*cannot convert float NaN"),
+        ({"channel_mult": [-1, 2]}, "`file` .*holds no network of the kind 'edm'"),
+        ({"channel_mult": ["a", "b"]}, "`file` .*holds no network of the kind 'edm'"),
+        ({"channel_mult": 5}, "`file` .*holds no network of the kind 'edm'"),
+        ({"attn_resolutions": "abc"}, "`file` .*holds no network of the kind 'edm'"),
+        ({"label_dim": -4}, "`file` .*holds no network of the kind 'edm'"),
+        ({"label_dim": 1 << 60}, "`file` .*holds no network of the kind 'edm'"),
+        ({"augment_dim": float("nan")}, "`file` .*holds no network of the kind 'edm'"),
+        ({"channel_mult_emb": 1 << 60}, "`file` .*holds no network of the kind 'edm'"),
+        ({"model_channels": 7}, "`file` .*divisible by num_groups"),
+        ({"resample_filter": [0, 0]}, "`resample_filter` must be one of"),
+        ({"resample_filter": [10**400, 1]}, "`resample_filter` must be one of"),
     ],
 )
 def test_options_that_do_not_fit_the_file(change, message, tmp_path):

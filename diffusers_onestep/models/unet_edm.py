@@ -171,7 +171,19 @@ def noise_vector(timestep: torch.Tensor | float | int, sample: torch.Tensor) -> 
     return torch.as_tensor(timestep, device=sample.device).to(dtype).reshape(-1).expand(sample.shape[0])
 
 
-class EDMUNet2DModel(ModelMixin, ConfigMixin):
+class FloatEmbeddingMixin(ModelMixin):
+    """A model whose embeddings stay in float32 where the rest is in half precision, and in float64 follow it."""
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
+        if model.dtype == torch.float64:  # diffusers keeps `_keep_in_fp32_modules` from growing too
+            nn.Module.to(model, torch.float64)
+        return loaded
+
+
+class EDMUNet2DModel(FloatEmbeddingMixin, ConfigMixin):
     r"""
     The U-Nets of EDM, for images and latents. Its output is the `F` of Karras et al. 2022, Eq. 7, for an input that is
     scaled already (by `c_in`) at a timestep `c_noise`: `x0 = c_skip * x_t + c_out * F(c_in * x_t, c_noise)`.
@@ -242,6 +254,7 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin):
             ("embedding_type", embedding_type, ("positional", "fourier")),
             ("encoder_type", encoder_type, ("standard", "residual", "skip")),
             ("decoder_type", decoder_type, ("standard", "skip")),
+            ("resample_filter", taps, ((1, 1), (1, 3, 3, 1))),
         ):
             if value not in allowed:
                 raise ValueError(f"`{key}` must be one of {allowed}, but is {value!r}.")

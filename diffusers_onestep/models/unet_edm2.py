@@ -8,11 +8,10 @@ import math
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
-from .unet_edm import label_vectors, noise_vector, resample, resample_kernel
+from .unet_edm import FloatEmbeddingMixin, label_vectors, noise_vector, resample, resample_kernel
 
 
 def normalize(x: torch.Tensor, dim: int | tuple[int, ...], eps: float = 1e-4) -> torch.Tensor:
@@ -128,7 +127,7 @@ class EDM2UNetBlock(nn.Module):
         return out.transpose(2, 3).reshape(batch, -1, height, width)
 
 
-class EDM2UNet2DModel(ModelMixin, ConfigMixin):
+class EDM2UNet2DModel(FloatEmbeddingMixin, ConfigMixin):
     r"""
     The U-Net of EDM2. Its output is the `F` of Karras et al. 2022, Eq. 7, for an input `c_in * x_t` and a timestep
     `c_noise = ln(sigma) / 4`, as in [`EDMUNet2DModel`].

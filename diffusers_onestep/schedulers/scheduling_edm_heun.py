@@ -18,8 +18,8 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
     samples give the authors' results.
 
     Args:
-        sigma_min (`float`, defaults to 0.002): Least noise level; at least the network's own.
-        sigma_max (`float`, defaults to 80.0): Largest noise level; at most the network's own.
+        sigma_min (`float`, defaults to 0.002): Least noise level, raised to that of the preconditioning's networks.
+        sigma_max (`float`, defaults to 80.0): Largest noise level, lowered likewise.
         sigma_data (`float`, defaults to 0.5): Standard deviation of the data, of the preconditioning "edm".
         num_train_timesteps (`int`, defaults to 1000): See [`EDMSchedule`].
         prediction_type (`str`, defaults to `"epsilon"`): As in [`EDMEulerScheduler`], which knows `"epsilon"` for what
@@ -71,18 +71,18 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         """
         if num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` must be at least 1, but is {num_inference_steps}.")
-        config = self.config
+        config, schedule = self.config, self.schedule
         grid = torch.linspace(1, 0, num_inference_steps, dtype=torch.float64) if num_inference_steps > 1 else [1.0]
-        sigmas = self.schedule.round_sigma(karras_sigma(grid, config.sigma_min, config.sigma_max, config.rho))
+        sigmas = schedule.round_sigma(karras_sigma(grid, schedule.sigma_min, schedule.sigma_max, config.rho))
         gamma = min(config.s_churn / num_inference_steps, math.sqrt(2) - 1)
         s_max = math.inf if config.s_max is None else config.s_max
         hats = torch.where((sigmas >= config.s_min) & (sigmas <= s_max), sigmas * (1 + gamma), sigmas)
-        hats = self.schedule.round_sigma(hats)
+        hats = schedule.round_sigma(hats)
         calls = torch.stack([hats, torch.cat([sigmas[1:], sigmas.new_zeros(1)])], dim=1).flatten()[:-1]
         self.num_inference_steps = num_inference_steps
         self.sigmas, self.hats = [*sigmas.tolist(), 0.0], hats.tolist()
         self.levels = calls
-        self.timesteps = self.schedule.c_noise(calls).float().to(device)
+        self.timesteps = schedule.c_noise(calls).float().to(device)
         self._call, self._slope, self._start = 0, None, None
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
@@ -108,6 +108,8 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
             return_dict (`bool`, defaults to `True`): Whether to return a [`SchedulerOutput`].
         """
         index, corrects = self._call // 2, self._call % 2 == 1
+        if self._call == 0:  # the authors draw noise at every step; that of the first is in `init_noise_sigma`
+            self._churn(sample, 0, generator)
         sigma = self.levels[self._call].item()
         x0 = predict_x0(self.schedule, self.schedule.prediction_type, sample, self.time(sample), model_output)
         slope = (sample - x0) / sigma
