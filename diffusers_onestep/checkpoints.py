@@ -389,5 +389,7 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
     except UnsafeCheckpointError as error:
         raise UnsafeCheckpointError(f"`file` {str(path)!r} is refused: {error}.") from None
     except Exception as error:  # a hostile file can raise anything, in anybody's name
-        reason = str(error) or type(error).__name__
-        raise ValueError(f"`file` {str(path)!r} is no readable checkpoint: {reason}.") from error
+        reason = str(error) if isinstance(error, ValueError) and str(error) else type(error).__name__
+        raise ValueError(
+            f"`file` {str(path)!r} is no readable checkpoint, of pickle, torch.save or safetensors ({reason})."
+        ) from error

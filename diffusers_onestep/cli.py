@@ -7,6 +7,8 @@ import shutil
 import time
 from pathlib import Path
 
+from .errors import input_errors
+
 
 def main(argv: list[str] | None = None) -> None:
     """`onestep quickstart | sample | info | convert | push | plan`."""
@@ -54,10 +56,8 @@ def main(argv: list[str] | None = None) -> None:
         args["flags"] = flags
     elif flags:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
-    try:
+    with input_errors("onestep"):
         args.pop("run")(**args)
-    except (ValueError, ConnectionError) as error:
-        raise SystemExit(f"onestep: {error}") from error
 
 
 def quickstart(
@@ -118,8 +118,9 @@ def sample(
     import torch
 
     from . import OneStepPipeline
-    from .sampling import picture, save_grid
+    from .sampling import check_picture, picture, save_grid
 
+    check_picture(Path(output), "output")
     pipeline = OneStepPipeline.from_pretrained(model)
     if not isinstance(pipeline, OneStepPipeline):
         if not prompts:

@@ -518,7 +518,11 @@ def _versions(names: Sequence[str]) -> dict[str, str]:
 
 
 def quality_plot(rows: list[Metrics], path: Path) -> None:
-    """Distance against network evaluations, a line per model with several and a point for each of the others."""
+    """Distance against network evaluations, a line per model with several and a point for each of the others; nothing
+    if all are of one number."""
+    if len({row.nfe for row in rows}) < 2:
+        path.unlink(missing_ok=True)
+        return
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4))
