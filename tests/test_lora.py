@@ -1,9 +1,11 @@
 """One trunk: student and fake score as adapters on the frozen teacher's own weights."""
 
 import os
+import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, tiny_unet
@@ -16,7 +18,9 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from families import tiny_pipeline
 from peft import LoraConfig
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -37,6 +41,7 @@ from diffusers_onestep.arguments import TrainArguments
 from diffusers_onestep.data import Batches, Conditions
 from diffusers_onestep.lora import adapted, adapter, merged, save_lora_weights
 from diffusers_onestep.methods.base import normal
+from diffusers_onestep.prompts import PromptEmbeddings
 from diffusers_onestep.trainer import checkpoint_gradients, checkpoints, latest_checkpoint
 
 VP = VPSchedule(torch.linspace(0.9999, 0.01, 1000))
@@ -359,6 +364,21 @@ def test_what_cannot_be_right_is_refused():
         SiD(teacher, lora=LoraConfig(r=4096))
     with pytest.raises(ValueError, match=r"`network` must have no adapters of its own"):
         adapted(adapted(sd_unet(), LoraConfig(r=2)), LoraConfig(r=2))
+
+
+def test_the_card_loads_the_adapter_into_the_teacher(tmp_path, monkeypatch):
+    tiny_pipeline("sd").save_pretrained(tmp_path / "teacher")
+    teacher = Teacher.from_pretrained(tmp_path / "teacher")
+    prompts = PromptEmbeddings(teacher, ["a photo of a cat"], tmp_path / "cache")
+    args = TrainArguments(output_dir=str(tmp_path / "out"), max_train_steps=1, train_batch_size=2, learning_rate=0.1)
+    train(DMD(teacher, lora=LoraConfig(r=2)), Batches(prompts, 2), args)
+    whole, _, lora = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.S)
+    monkeypatch.chdir(tmp_path)
+    images = []
+    for code in (whole, lora, lora.replace("pipe.load_lora_weights", "print")):
+        exec(code, {})
+        images.append(np.asarray(Image.open("sample.png"), dtype=float))
+    assert abs(images[0] - images[1]).max() <= 1 < abs(images[0] - images[2]).max()
 
 
 # scripts
