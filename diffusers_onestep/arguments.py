@@ -148,7 +148,13 @@ class TrainArguments(HubArguments):
         return [name.strip() for name in (self.report_to or "").split(",") if name.strip()]
 
 
-def parse_args(arguments_class: type, argv: list[str] | None = None, presets: dict[str, dict] | None = None):
+def parse_args(
+    arguments_class: type,
+    argv: list[str] | None = None,
+    presets: dict[str, dict] | None = None,
+    *,
+    program: str | None = None,
+):
     """Read one dataclass of flags: `[--config FILE] [--preset NAME] --flag value ...`.
 
     A preset is overridden by the file, and the file by the command line. An unknown flag or key ends the program.
@@ -157,9 +163,10 @@ def parse_args(arguments_class: type, argv: list[str] | None = None, presets: di
         arguments_class (`type`): the dataclass to fill.
         argv (`list[str]`, *optional*): defaults to the command line.
         presets (`dict`, *optional*): published configurations by name.
+        program (`str`, *optional*): its name in messages; defaults to the script's.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    sources = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    sources = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
     sources.add_argument("--config", type=Path, help="YAML or JSON file of flags; the command line wins.")
     if presets:
         sources.add_argument("--preset", choices=sorted(presets), help="A published configuration.")
@@ -171,7 +178,7 @@ def parse_args(arguments_class: type, argv: list[str] | None = None, presets: di
         values |= yaml.safe_load(known.config.read_text()) or {}  # JSON is YAML too
         if nested := values.keys() & {"config", "preset"}:
             sources.error(f"`config` must not name {sorted(nested)}: give them on the command line.")
-    parser = HfArgumentParser(arguments_class, parents=[sources], allow_abbrev=False)
+    parser = HfArgumentParser(arguments_class, prog=program, parents=[sources], allow_abbrev=False)
     # of a flag that is given twice, argparse takes the later one
     namespace = parser.parse_args([*_as_flags(values), *flags])
     return arguments_class(**{f.name: getattr(namespace, f.name) for f in fields(arguments_class)})

@@ -204,7 +204,7 @@ def plan(flags: list[str]) -> None:
     from .plan import PlanArguments
     from .plan import plan as plan_run
 
-    print(plan_run(parse_args(PlanArguments, flags)))
+    print(plan_run(parse_args(PlanArguments, flags, program="onestep plan")))
     print("Not counted: text encoders, VAE, the GPU's context, workspaces of its kernels and fragmentation.")
 
 
