@@ -2,12 +2,18 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
+from accelerate import tracking
+from accelerate.utils import LoggerType
 from transformers import HfArgumentParser
+
+from .errors import input_errors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -102,7 +108,7 @@ class TrainArguments(HubArguments):
     )
     logging_steps: int = field(default=10, metadata={"help": "Write log.jsonl and trackers every so many steps."})
     report_to: str | None = field(
-        default=None, metadata={"help": "tensorboard, wandb, trackio, or several with commas."}
+        default=None, metadata={"help": "tensorboard, wandb, trackio, several with commas, or all that are there."}
     )
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Keep few activations and compute the others again in the backward pass."}
@@ -128,9 +134,27 @@ class TrainArguments(HubArguments):
             raise ValueError(f"`teacher_dtype` must be one of {list(DTYPES)}, but is {self.teacher_dtype!r}.")
         if self.mixed_precision not in (None, "no", "bf16", "fp16"):
             raise ValueError(f"`mixed_precision` must be 'no', 'bf16' or 'fp16', but is {self.mixed_precision!r}.")
+        if unknown := set(self.trackers) - set(LoggerType.list()):
+            raise ValueError(f"`report_to` must be of {LoggerType.list()}, but has {sorted(unknown)}.")
+        if missing := set(self.trackers) - {"all", *map(str, tracking.get_available_trackers())}:
+            raise ValueError(
+                f"`report_to` must name installed trackers, but is {self.report_to!r}: "
+                f"pip install {' '.join(sorted(missing))}"
+            )
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in `report_to`."""
+        return [name.strip() for name in (self.report_to or "").split(",") if name.strip()]
 
 
-def parse_args(arguments_class: type, argv: list[str] | None = None, presets: dict[str, dict] | None = None):
+def parse_args(
+    arguments_class: type,
+    argv: list[str] | None = None,
+    presets: dict[str, dict] | None = None,
+    *,
+    program: str | None = None,
+):
     """Read one dataclass of flags: `[--config FILE] [--preset NAME] --flag value ...`.
 
     A preset is overridden by the file, and the file by the command line. An unknown flag or key ends the program.
@@ -139,22 +163,32 @@ def parse_args(arguments_class: type, argv: list[str] | None = None, presets: di
         arguments_class (`type`): the dataclass to fill.
         argv (`list[str]`, *optional*): defaults to the command line.
         presets (`dict`, *optional*): published configurations by name.
+        program (`str`, *optional*): its name in messages; defaults to the script's.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    sources = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    sources = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
     sources.add_argument("--config", type=Path, help="YAML or JSON file of flags; the command line wins.")
     if presets:
         sources.add_argument("--preset", choices=sorted(presets), help="A published configuration.")
     known, flags = sources.parse_known_args(argv)
     values = dict((presets or {}).get(getattr(known, "preset", None), {}))
     if known.config is not None:
+        if not known.config.is_file():
+            sources.error(f"`config` must be a YAML or JSON file, but {str(known.config)!r} does not exist.")
         values |= yaml.safe_load(known.config.read_text()) or {}  # JSON is YAML too
         if nested := values.keys() & {"config", "preset"}:
             sources.error(f"`config` must not name {sorted(nested)}: give them on the command line.")
-    parser = HfArgumentParser(arguments_class, parents=[sources], allow_abbrev=False)
+    parser = HfArgumentParser(arguments_class, prog=program, parents=[sources], allow_abbrev=False)
     # of a flag that is given twice, argparse takes the later one
     namespace = parser.parse_args([*_as_flags(values), *flags])
     return arguments_class(**{f.name: getattr(namespace, f.name) for f in fields(arguments_class)})
+
+
+def run_script(main: Callable[[Any], None], arguments_class: type, presets: dict[str, dict] | None = None) -> None:
+    """What a script does when it is started: `main` with the flags of the command line. Bad ones end it with a
+    message."""
+    with input_errors(Path(sys.argv[0]).name):
+        main(parse_args(arguments_class, presets=presets))
 
 
 def _as_flags(values: dict) -> list[str]:

@@ -395,7 +395,11 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
     except UnsafeCheckpointError as error:
         raise UnsafeCheckpointError(f"`file` {str(path)!r} is refused: {error}.") from None
     except Exception as error:  # a hostile file can raise anything, in anybody's name
-        raise ValueError(f"`file` {str(path)!r} is no readable checkpoint: {first_line(error)}.") from error
+        said = isinstance(error, (ValueError, RuntimeError, EOFError, pickle.UnpicklingError))
+        reason = first_line(error) if said else type(error).__name__
+        raise ValueError(
+            f"`file` {str(path)!r} is no readable checkpoint, of pickle, torch.save or safetensors ({reason})."
+        ) from error
 
 
 def first_line(error: Exception) -> str:

@@ -7,35 +7,54 @@ import shutil
 import time
 from pathlib import Path
 
+from .errors import input_errors
+
 
 def main(argv: list[str] | None = None) -> None:
     """`onestep quickstart | sample | info | convert | push | plan`."""
     parser = argparse.ArgumentParser(prog="onestep", description="One-step students of diffusion models.")
     commands = parser.add_subparsers(dest="command", required=True)
     quick = commands.add_parser("quickstart", help="distil the shipped teacher into a one-step student, live")
-    quick.add_argument("--output_dir", default="onestep-quickstart", help="where the student and samples.png go")
-    quick.add_argument("--max_train_steps", type=int, default=150, help="student updates")
-    quick.add_argument("--num_samples", type=int, default=1000, help="images per row of the final table")
+    quick.add_argument(
+        "--output_dir",
+        default="onestep-quickstart",
+        help="where the student and samples.png go (default: %(default)s)",
+    )
+    quick.add_argument("--max_train_steps", type=int, default=150, help="student updates (default: %(default)s)")
+    quick.add_argument(
+        "--num_samples", type=int, default=1000, help="images per row of the final table (default: %(default)s)"
+    )
     quick.add_argument("--resume_from_checkpoint", choices=["latest"], help="go on where Ctrl-C has stopped it")
     quick.set_defaults(run=quickstart)
     sampling = commands.add_parser("sample", help="write a picture of a student's images")
     sampling.add_argument("model", help="a folder, a Hub id or a shipped name")
     sampling.add_argument("--class_labels", nargs="*", help="labels by id or name; default: drawn at random")
     sampling.add_argument("--prompts", nargs="*", help="what a text-to-image student is to show, an image each")
-    sampling.add_argument("--num_images", type=int, default=10, help="number of images without labels")
-    sampling.add_argument("--seed", type=int, default=0)
-    sampling.add_argument("--output", default="samples.png")
+    sampling.add_argument(
+        "--num_images", type=int, default=10, help="number of images without labels (default: %(default)s)"
+    )
+    sampling.add_argument("--seed", type=int, default=0, help="of the noises and random labels (default: %(default)s)")
+    sampling.add_argument(
+        "--output", default="samples.png", help="the picture to write: .png, .jpg or .webp (default: %(default)s)"
+    )
     sampling.set_defaults(run=sample)
     about = commands.add_parser("info", help="say what a model folder holds")
     about.add_argument("model", help="a folder or a shipped name")
     about.set_defaults(run=info)
     converting = commands.add_parser("convert", help="turn a published checkpoint into a diffusers folder")
-    converting.add_argument("file", help="of EDM, SiD, EDM2, guided-diffusion or DMD2")
+    converting.add_argument("file", help="a checkpoint of EDM, SiD, EDM2, guided-diffusion or DMD2")
     converting.add_argument("out", help="the folder to write")
-    converting.add_argument("--kind", default="auto", help="auto, edm, edm2, guided-diffusion, sid or dmd2")
+    converting.add_argument(
+        "--kind", default="auto", help="auto (told by what the file holds), edm, edm2, guided-diffusion, sid or dmd2"
+    )
     converting.add_argument("--base", help="of a text-to-image student: the pipeline whose U-Net it is")
     converting.add_argument("--config", help="JSON file of the network's options, where the file has none")
-    converting.add_argument("--student_timesteps", nargs="+", type=int, help="of a text-to-image student")
+    converting.add_argument(
+        "--student_timesteps",
+        nargs="+",
+        type=int,
+        help="of a text-to-image student, noisiest first; default: told by the file's name",
+    )
     converting.set_defaults(run=convert)
     pushing = commands.add_parser("push", help="push a student's folder to the Hub, with its card")
     pushing.add_argument("folder", help="what a training script wrote")
@@ -54,10 +73,8 @@ def main(argv: list[str] | None = None) -> None:
         args["flags"] = flags
     elif flags:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
-    try:
+    with input_errors("onestep"):
         args.pop("run")(**args)
-    except (ValueError, ConnectionError) as error:
-        raise SystemExit(f"onestep: {error}") from error
 
 
 def quickstart(
@@ -118,8 +135,9 @@ def sample(
     import torch
 
     from . import OneStepPipeline
-    from .sampling import picture, save_grid
+    from .sampling import check_picture, picture, save_grid
 
+    check_picture(Path(output), "output")
     pipeline = OneStepPipeline.from_pretrained(model)
     if not isinstance(pipeline, OneStepPipeline):
         if not prompts:
@@ -186,7 +204,7 @@ def plan(flags: list[str]) -> None:
     from .plan import PlanArguments
     from .plan import plan as plan_run
 
-    print(plan_run(parse_args(PlanArguments, flags)))
+    print(plan_run(parse_args(PlanArguments, flags, program="onestep plan")))
     print("Not counted: text encoders, VAE, the GPU's context, workspaces of its kernels and fragmentation.")
 
 

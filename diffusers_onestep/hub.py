@@ -17,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from .evaluation import markdown_table
+from .lora import LORA_WEIGHTS
 from .records import RUN_RECORD, without_secrets
 from .repository import ASSETS, read_json, resolve_model, write_text
 
@@ -140,6 +141,7 @@ def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str
         "whole": bool(parts),
         "stock": index.get("_class_name") != "OneStepPipeline"
         and {entry[0] for entry in parts.values()} <= {"diffusers", "transformers"},
+        "lora": (folder / LORA_WEIGHTS).is_file() and teacher is not None,
         "labels": json.dumps([next(iter(names.values()), 0)]) if count else None,
         "prompts": "text_encoder" in index or bool(settings.get("prompts")),
         "guidance_scale": run.get("guidance_scale") or settings.get("guidance_scale", 1.0),
@@ -263,6 +265,8 @@ def student_files(folder: Path) -> list[str]:
     Raises:
         ValueError: if a part of the model is missing, or its weights are no safetensors.
     """
+    if not folder.is_dir():
+        raise ValueError(f"`folder` must be one that a training script wrote, but {str(folder)!r} does not exist.")
     index = folder / "model_index.json"
     parts = ["scheduler"]
     if index.is_file():

@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' name
 _ADAPTER = "default"
 _ADAPTABLE = (nn.Linear, nn.Conv2d)
 

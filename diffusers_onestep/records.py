@@ -4,7 +4,8 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,17 @@ def without_secret_words(words: list[str]) -> list[str]:
         secret_follows = named and not equals and word.startswith("-")
         shown.append(without_secrets(word))
     return shown
+
+
+@contextmanager
+def shown_arguments() -> Iterator[None]:
+    """Trackers copy `sys.argv` when they start: meanwhile it has no secrets."""
+    own = sys.argv
+    sys.argv = without_secret_words(own)
+    try:
+        yield
+    finally:
+        sys.argv = own
 
 
 def without_secret_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,12 +15,15 @@ import shutil
 import signal
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
+from types import NoneType
 
+import numpy as np
 import torch
 from accelerate import Accelerator, cpu_offload_with_hook
 from accelerate.hooks import UserCpuOffloadHook
@@ -29,6 +32,7 @@ from accelerate.utils import DistributedType, broadcast, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import is_bitsandbytes_available
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
@@ -37,7 +41,7 @@ from .health import Health, draw_health, read_log
 from .hub import create_model_card
 from .lora import is_adapted, leave_dtypes_to_autocast
 from .methods.base import Batch, Distiller, OneStepDistiller
-from .records import RUN_RECORD, run_record, without_secret_settings
+from .records import RUN_RECORD, run_record, shown_arguments, without_secret_settings
 from .repository import read_json, write_json, write_text
 
 logger = get_logger(__name__)
@@ -181,12 +185,9 @@ class Trainer:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         if args.cpu_threads:
             torch.set_num_threads(args.cpu_threads)
-        trackers = args.report_to.split(",") if args.report_to else None
         self.accelerator = Accelerator(
-            mixed_precision=args.mixed_precision, log_with=trackers, project_dir=self.output_dir / "logs"
+            mixed_precision=args.mixed_precision, log_with=args.trackers or None, project_dir=self.output_dir / "logs"
         )
-        if trackers and {str(getattr(t, "value", t)) for t in self.accelerator.log_with} != set(trackers):
-            raise ValueError(f"`report_to` must name installed trackers, but is {args.report_to!r}: install it first.")
         if args.global_batch_size:
             micro_batch = args.train_batch_size * self.accelerator.num_processes
             if args.global_batch_size % micro_batch:
@@ -205,6 +206,7 @@ class Trainer:
         self.step, self.images_seen, self.train_seconds = 0, 0, 0.0
         self.best_distance: float | None = None
         self._stop_signal = None
+        self._batch_size = args.train_batch_size
         self._record: dict = {}
         self._divergence: str | None = None
         self.gradient_norms: dict[str, torch.Tensor] = {}  # of the last update, before clipping
@@ -274,6 +276,14 @@ class Trainer:
 
     def run(self, batches: Iterable[Batch]) -> None:
         args, accelerator = self.args, self.accelerator
+        self._batch_size = getattr(batches, "batch_size", args.train_batch_size)
+        if args.lr_scheduler != "constant" and args.lr_warmup_steps >= args.max_train_steps:
+            logger.warning(
+                "`lr_warmup_steps` (%d) is not below `max_train_steps` (%d): the student hardly learns, since the "
+                "learning rate does not reach its value. Give --lr_warmup_steps 0 for so short a run.",
+                args.lr_warmup_steps,
+                args.max_train_steps,
+            )
         if args.resume_from_checkpoint:
             self.resume()
         elif checkpoints(self.output_dir):
@@ -290,7 +300,7 @@ class Trainer:
             write_json(self.output_dir / "training_args.json", self.settings)
             truncate_log(self.output_dir / "log.jsonl", self.step)
             self.health = Health(read_log(self.output_dir / "log.jsonl"))
-        accelerator.init_trackers("diffusers-onestep", config=_scalars(self.settings))
+        self.start_trackers()
         if self.step >= args.max_train_steps:  # perhaps stopped between the last checkpoint and the student
             self.write_student()
         stream = self.stream(batches)
@@ -308,14 +318,19 @@ class Trainer:
                     self.log(losses)
                 last = self.step == args.max_train_steps
                 if last or (args.validation_steps and self.step % args.validation_steps == 0):
+                    bar.set_description("sampling")
                     self.write_samples()
                 stopping = self.stopping()
                 if stopping or last or self.step % args.checkpointing_steps == 0:
+                    bar.set_description("saving")
                     self.save_checkpoint()
+                bar.set_description("trained" if last else "training", refresh=last)
                 if stopping:
                     self.leave(stopping)
         bar.close()
         self.finish_trackers()
+        if self.save_student is not None:
+            accelerator.print(f"The student and its card are in {self.output_dir}.")
         if accelerator.is_main_process:
             args.push(self.output_dir)
 
@@ -438,6 +453,45 @@ class Trainer:
         self.finish_trackers()
         raise SystemExit(1 if number == DIVERGED else 128 + number)
 
+    def start_trackers(self) -> None:
+        """Open this run's record in every tracker; a run that is resumed in its folder goes on with its own."""
+        logs = self.output_dir / "logs"
+        run_id = logs / "run_id"
+        if self.accelerator.is_main_process and self.args.trackers and not (self.step and run_id.is_file()):
+            logs.mkdir(exist_ok=True)
+            write_text(run_id, uuid.uuid4().hex[:8])
+        own = run_id.read_text() if run_id.is_file() else None
+        name = self.output_dir.resolve().name
+        environment = os.environ.get
+        settings = {
+            "tensorboard": {"purge_step": self.step + 1},
+            "wandb": {
+                "id": environment("WANDB_RUN_ID", own),
+                "name": environment("WANDB_NAME", name),
+                "dir": environment("WANDB_DIR", str(logs)),
+                "resume": "allow",
+            },
+            "trackio": {"name": f"{name}-{own}", "resume": "allow"},
+        }
+        with shown_arguments():
+            self.accelerator.init_trackers("diffusers-onestep", config=_scalars(self.settings), init_kwargs=settings)
+
+    def log_picture(self, path: Path) -> None:
+        """Show a picture in the trackers that take one."""
+        if not (self.accelerator.trackers and path.is_file()):
+            return
+        picture = Image.open(path).convert("RGB")
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                shown = {path.stem: np.asarray(picture)[None]}
+                tracker.log_images(shown, step=self.step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                tracker.log_images({path.stem: [picture]}, step=self.step)
+            elif tracker.name == "trackio":
+                from trackio import Image as TrackioImage
+
+                tracker.log({path.stem: TrackioImage(picture)}, step=self.step)
+
     def finish_trackers(self) -> None:
         """Not `end_training`, which takes the process group from a second `train()` of the same process."""
         for tracker in self.accelerator.trackers:
@@ -497,8 +551,12 @@ class Trainer:
 
     @property
     def settings(self) -> dict:
-        """The arguments, without secrets."""
-        return without_secret_settings(asdict(self.args))
+        """The arguments, without secrets, and what the objects that `train()` was given say instead of them."""
+        origin = getattr(self.distiller, "origin", None)
+        named = (
+            {"pretrained_teacher_model": origin.name, "revision": origin.revision} if hasattr(origin, "name") else {}
+        )
+        return without_secret_settings(named | asdict(self.args) | {"train_batch_size": self._batch_size})
 
     def start_record(self) -> dict:
         """Method, teacher, command, versions and hardware of this run."""
@@ -516,7 +574,7 @@ class Trainer:
         wanted = self.args.resume_from_checkpoint
         path = latest_checkpoint(self.output_dir) if wanted == "latest" else Path(wanted)
         if path is None:
-            logger.info("No checkpoint in %s: starting from the beginning.", self.output_dir)
+            self.accelerator.print(f"No checkpoint in {self.output_dir}: starting from the beginning.")
             return
         if not (path / "trainer_state.json").is_file():
             raise ValueError(f"`resume_from_checkpoint` must be 'latest' or a complete checkpoint, but is {wanted!r}.")
@@ -551,6 +609,7 @@ class Trainer:
         if self.validate is not None and self.accelerator.is_main_process:
             with self.averaged(), torch.no_grad():
                 values = self.validate(self.output_dir)
+                self.log_picture(self.output_dir / "samples.png")
                 distance = values.get("distance", math.inf)
                 best = math.inf if self.best_distance is None else self.best_distance
                 if distance < best and self.save_student is not None:
@@ -665,4 +724,4 @@ def truncate_log(path: Path, step: int) -> None:
 
 
 def _scalars(config: dict) -> dict:
-    return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in config.items()}
+    return {k: v if isinstance(v, (int, float, str, bool, NoneType)) else str(v) for k, v in config.items()}

@@ -91,3 +91,9 @@ def test_unknown_key_in_a_file_ends_the_program(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse_args(SID, [*REQUIRED, "--config", str(tmp_path / "a.yaml")], SID_PRESETS)
     assert "--alhpa" in capsys.readouterr().err
+
+
+def test_a_missing_file_of_flags_ends_the_program(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(SID, [*REQUIRED, "--config", "nowhere.yaml"], SID_PRESETS)
+    assert "`config` must be a YAML or JSON file, but 'nowhere.yaml' does not exist" in capsys.readouterr().err

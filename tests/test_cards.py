@@ -18,7 +18,7 @@ from test_arguments import script
 from diffusers_onestep import DMD, GuidedDenoiser, OneStepPipeline, Teacher, create_model_card, train
 from diffusers_onestep.arguments import TrainArguments, parse_args
 from diffusers_onestep.data import Batches, Conditions
-from diffusers_onestep.distillation import student_hooks
+from diffusers_onestep.distillation import DistillationArguments, student_hooks
 from diffusers_onestep.hub import TEMPLATE
 from diffusers_onestep.records import command_line, without_secret_settings, without_secret_words, without_secrets
 
@@ -112,8 +112,12 @@ def test_teachers_have_cards_too(tmp_path, monkeypatch):
 def test_its_settings_are_a_file_that_runs_again(student, tmp_path):
     (text,) = re.findall(r"```yaml\n(.*?)```", (student / "README.md").read_text(), re.S)
     (tmp_path / "again.yaml").write_text(text)
-    again = parse_args(TrainArguments, ["--config", str(tmp_path / "again.yaml")])
-    assert again.max_train_steps == 1 and again.output_dir == str(student) and yaml.safe_load(text)["seed"] == 0
+    again = parse_args(DistillationArguments, ["--config", str(tmp_path / "again.yaml")])
+    assert (
+        (again.max_train_steps, again.train_batch_size) == (1, 2)
+        and again.output_dir == str(student)
+        and yaml.safe_load(text)["seed"] == 0
+    )
 
 
 def test_hub_teachers_become_the_base_model(folder):

@@ -28,6 +28,7 @@ from diffusers_onestep.evaluation import (
     generate,
     markdown_table,
     measure,
+    quality_plot,
     sampler,
     write_metrics,
 )
@@ -67,6 +68,16 @@ def test_processes_share_the_sampling_and_find_the_same_numbers(tmp_path):
             assert score["num_samples"] == 60 and len(score["weights"]) == 16 and score["extractor"] == "fashion"
     assert rows[0][1]["scores"]["agreement-fashion"]["value"] == 1  # the teacher with itself
     assert results[0]["seed"] == 0 and {"torch", "diffusers", "python"} <= results[0]["versions"].keys()
+
+
+def test_one_number_of_evaluations_makes_no_curve(tmp_path):
+    def row(nfe):
+        return Metrics("m", nfe, "FD-fashion", 2.0 / nfe, 10, 1.0, 0)
+
+    quality_plot([row(1), row(2)], tmp_path / "quality.png")
+    assert (tmp_path / "quality.png").is_file()
+    quality_plot([row(1), row(1)], tmp_path / "quality.png")
+    assert not (tmp_path / "quality.png").exists()
 
 
 def test_a_student_keeps_its_own_scheduler():

@@ -1,6 +1,7 @@
 """One trunk: student and fake score as adapters on the frozen teacher's own weights."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from families import tiny_pipeline
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -37,6 +39,7 @@ from diffusers_onestep.arguments import TrainArguments
 from diffusers_onestep.data import Batches, Conditions
 from diffusers_onestep.lora import adapted, adapter, merged, save_lora_weights
 from diffusers_onestep.methods.base import normal
+from diffusers_onestep.prompts import PromptEmbeddings
 from diffusers_onestep.trainer import checkpoint_gradients, checkpoints, latest_checkpoint
 
 VP = VPSchedule(torch.linspace(0.9999, 0.01, 1000))
@@ -359,6 +362,22 @@ def test_what_cannot_be_right_is_refused():
         SiD(teacher, lora=LoraConfig(r=4096))
     with pytest.raises(ValueError, match=r"`network` must have no adapters of its own"):
         adapted(adapted(sd_unet(), LoraConfig(r=2)), LoraConfig(r=2))
+
+
+def test_the_card_loads_the_adapter_into_the_teacher(tmp_path):
+    tiny_pipeline("sd").save_pretrained(tmp_path / "teacher")
+    teacher = Teacher.from_pretrained(tmp_path / "teacher")
+    prompts = PromptEmbeddings(teacher, ["a photo of a cat"], tmp_path / "cache")
+    args = TrainArguments(output_dir=str(tmp_path / "out"), max_train_steps=2, train_batch_size=2, learning_rate=1e-2)
+    train(DMD(teacher, lora=LoraConfig(r=2)), Batches(prompts, 2), args)
+    whole, _, lora = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.S)
+    latents = []
+    for code in (whole, lora, re.sub(r"pipe.load_lora_weights.*", "", lora)):
+        scope = {}
+        exec(code.replace("generator=", 'output_type="latent", generator=').replace("image.save", "str"), scope)
+        latents.append(scope["image"])
+    torch.testing.assert_close(latents[0], latents[1], rtol=1e-3, atol=1e-3)
+    assert (latents[0] - latents[2]).abs().max() > 0.05
 
 
 # scripts

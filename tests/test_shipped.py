@@ -1,13 +1,17 @@
 """The models that ship with the package, and the console command on them."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging
+from PIL import Image
 
 from diffusers_onestep import OneStepPipeline, Teacher, evaluate, shipped_model
 from diffusers_onestep.cli import main
@@ -55,10 +59,48 @@ def test_sample_and_info_commands(tmp_path, capsys):
     assert picture.is_file()
     main(["info", "fashion32-onestep"])
     assert "SpaceToDepthUNet2DModel" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"`class_labels` must be .* but is 'sock'"):
-        main(["sample", "fashion32-onestep", "--class_labels", "sock", "--output", str(picture)])
-    with pytest.raises(SystemExit, match=r"`model` must be a folder"):
-        main(["info", "nowhere"])
+    main(["sample", "fashion32-onestep", "--output", str(tmp_path / "a.jpg")])
+    assert Image.open(tmp_path / "a.jpg").format == "JPEG"
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("sample fashion32-onestep --class_labels sock", r"`class_labels` must be .* but is 'sock'"),
+        ("sample fashion32-onestep --output nowhere/a.png", r"`output` must lie in an existing folder, but 'nowhere'"),
+        ("sample fashion32-onestep --output a", r"`output` must end in one of \('.png', .* but is 'a'"),
+        ("info nowhere", r"`model` must be a folder"),
+        ("push nowhere me/it", r"`folder` must be .* but 'nowhere' does not exist"),
+        (
+            "convert README.md out",
+            r"`file` 'README.md' is no readable checkpoint, of pickle, torch.save or safetensors",
+        ),
+    ],
+)
+def test_bad_input_ends_a_command_with_a_message(command, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("README.md").write_text("# A card\n")
+    with pytest.raises(SystemExit) as stop:
+        main(command.split())
+    assert stop.value.code == 2
+    assert re.fullmatch(f"onestep: error: {message}.*", capsys.readouterr().err.splitlines()[-1])
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    """Also if it is a ValueError inside this package: only what a `raise` of ours says is about input."""
+    monkeypatch.setattr("diffusers_onestep.repository.resolve_model", lambda model: 1 / int(model))
+    with pytest.raises(ValueError, match="invalid literal"):
+        main(["info", "fashion32"])
+
+
+def test_the_shipped_teacher_loads_without_a_word(caplog):
+    logging.enable_propagation()
+    try:
+        Teacher.from_pretrained("fashion32")
+    finally:
+        logging.disable_propagation()
+    assert not caplog.records
 
 
 def test_quickstart_end_to_end_on_a_few_steps(tmp_path, capsys):

@@ -252,6 +252,8 @@ def test_train_saves_the_student_of_a_teacher(teacher_folder, tmp_path):
     train(SiD(teacher), Batches(Conditions(teacher.encode()), 2), arguments(tmp_path, max_train_steps=1))
     assert OneStepPipeline.from_pretrained(tmp_path)(class_labels=1).images
     assert (tmp_path / "samples.png").is_file()
+    settings = json.loads((tmp_path / "training_args.json").read_text())
+    assert (settings["pretrained_teacher_model"], settings["train_batch_size"]) == (str(teacher_folder), 2)
 
 
 def test_clipping_warm_up_and_rates(tmp_path):
@@ -268,8 +270,10 @@ def test_clipping_warm_up_and_rates(tmp_path):
 
 def test_missing_tracker_and_bad_arguments_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [])
-    with pytest.raises(ValueError, match=r"`report_to` must name installed trackers, but is 'trackio'"):
-        Trainer(Scripted(), arguments(tmp_path, report_to="trackio"))
+    with pytest.raises(ValueError, match=r"`report_to` must name installed trackers, but is 'trackio': pip"):
+        arguments(tmp_path, report_to="trackio")
+    with pytest.raises(ValueError, match=r"`report_to` must be of .*'wandb'.* but has \['wandbb'\]"):
+        arguments(tmp_path, report_to="tensorboard, wandbb")
     with pytest.raises(ValueError, match=r"`train_batch_size` must be at least 1, but is 0"):
         arguments(tmp_path, train_batch_size=0)
     with pytest.raises(ValueError, match=r"`mixed_precision` must be"):
@@ -280,14 +284,25 @@ def test_missing_tracker_and_bad_arguments_are_refused(tmp_path, monkeypatch):
         train(Scripted(), batches_of(), arguments(tmp_path, resume_from_checkpoint="nowhere"))
 
 
-def test_tensorboard_gets_the_numbers(tmp_path):
-    train(Scripted(), batches_of(), arguments(tmp_path, max_train_steps=2, report_to="tensorboard"))
-    assert list((tmp_path / "logs").rglob("events.*"))
-
-
 def test_global_batch_size_sets_the_accumulation(tmp_path):
     trainer = Trainer(Scripted(), arguments(tmp_path, global_batch_size=256, train_batch_size=64))
     assert trainer.args.gradient_accumulation_steps == 4
+
+
+def test_a_run_says_where_it_starts_and_that_its_warm_up_is_too_long(tmp_path, capsys, caplog):
+    settings = {"max_train_steps": 2, "lr_warmup_steps": 2, "resume_from_checkpoint": "latest"}
+    train(Scripted(moves_at_once=False), batches_of(), arguments(tmp_path, **settings))
+    assert f"No checkpoint in {tmp_path}: starting from the beginning." in capsys.readouterr().out
+    assert "`lr_warmup_steps` (2) is not below `max_train_steps` (2)" in caplog.text
+
+
+def test_bad_input_ends_a_script_with_a_message(tmp_path):
+    done = subprocess.run(
+        script("train_dmd.py", *sid_flags("fashion32", tmp_path), "--gan_weight", "1"), capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    last = "train_dmd.py: error: `dataset` must be given with a `gan_weight` of 1.0, but is None."
+    assert done.stderr.splitlines()[-1] == last
 
 
 def test_bf16_keeps_float32_weights_and_trains_the_student(teacher_folder, tmp_path):

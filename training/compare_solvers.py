@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from diffusers import UniPCMultistepScheduler
 
 from diffusers_onestep import Metrics, Teacher, evaluate, fit_d_ode
-from diffusers_onestep.arguments import parse_args
+from diffusers_onestep.arguments import run_script
 from diffusers_onestep.evaluation import noises_and_labels, provenance
 from diffusers_onestep.methods.dode import DODEReport, end_of, trajectory
 from diffusers_onestep.records import command_line
@@ -286,4 +286,4 @@ def main(args: ComparisonArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args(ComparisonArguments))
+    run_script(main, ComparisonArguments)

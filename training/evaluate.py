@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
 from diffusers_onestep import Metrics, OneStepPipeline, OneStepScheduler, Teacher, create_model_card
-from diffusers_onestep.arguments import HubArguments, parse_args
+from diffusers_onestep.arguments import HubArguments, run_script
 from diffusers_onestep.evaluation import (
     AGAINST_IMAGES,
     METRICS,
@@ -162,4 +162,4 @@ def report(samples, reference, metrics, teacher, say: Callable) -> Metrics:
 
 
 if __name__ == "__main__":
-    main(parse_args(EvaluateArguments))
+    run_script(main, EvaluateArguments)

@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 
 from diffusers_onestep import Teacher, create_model_card, fit_d_ode
-from diffusers_onestep.arguments import HubArguments, parse_args
+from diffusers_onestep.arguments import HubArguments, run_script
 from diffusers_onestep.methods.base import normal
 from diffusers_onestep.methods.dode import nested_teacher, paper
 from diffusers_onestep.prompts import read_prompts
@@ -199,4 +199,4 @@ def finish(teacher: Teacher, scheduler: DODESchedulerMixin, args: FitArguments, 
 
 
 if __name__ == "__main__":
-    main(parse_args(FitArguments))
+    run_script(main, FitArguments)

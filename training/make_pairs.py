@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from diffusers_onestep import Teacher
-from diffusers_onestep.arguments import parse_args
+from diffusers_onestep.arguments import run_script
 from diffusers_onestep.data import join_pairs, write_pairs
 from diffusers_onestep.methods.base import normal
 from diffusers_onestep.prompts import read_prompts
@@ -74,4 +74,4 @@ def main(args: PairArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args(PairArguments))
+    run_script(main, PairArguments)

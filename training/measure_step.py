@@ -23,7 +23,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 
 from diffusers_onestep import Denoiser, NoiseSchedule
-from diffusers_onestep.arguments import DTYPES, parse_args
+from diffusers_onestep.arguments import DTYPES, run_script
 from diffusers_onestep.models import network_from_config
 from diffusers_onestep.plan import METHODS, PlanArguments, example_cond, latent_shape, plan_step
 from diffusers_onestep.trainer import Trainer
@@ -166,4 +166,4 @@ def main(args: MeasureArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args(MeasureArguments))
+    run_script(main, MeasureArguments)

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from diffusers_onestep import DKDM, Denoiser, Teacher, train
-from diffusers_onestep.arguments import DTYPES, parse_args
+from diffusers_onestep.arguments import DTYPES, run_script
 from diffusers_onestep.data import Batches, Conditions, Samples
 from diffusers_onestep.distillation import TeacherArguments, compression_hooks
 from diffusers_onestep.models import network_from_config, shrunk
@@ -112,4 +112,4 @@ def prepare(distiller: DKDM, args: DKDMArguments, accelerator: Accelerator) -> N
 
 
 if __name__ == "__main__":
-    main(parse_args(DKDMArguments, presets=DKDM_PRESETS))
+    run_script(main, DKDMArguments, presets=DKDM_PRESETS)

@@ -13,7 +13,7 @@
 from dataclasses import dataclass, field
 
 from diffusers_onestep import DMD
-from diffusers_onestep.arguments import parse_args
+from diffusers_onestep.arguments import run_script
 from diffusers_onestep.data import Batches, load_images
 from diffusers_onestep.distillation import DistillationArguments, train_student
 from diffusers_onestep.presets import DMD_PRESETS
@@ -68,4 +68,4 @@ def main(args: DMDArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args(DMDArguments, presets=DMD_PRESETS))
+    run_script(main, DMDArguments, presets=DMD_PRESETS)

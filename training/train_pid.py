@@ -7,7 +7,7 @@ accelerate launch training/train_pid.py --pretrained_teacher_model fashion32 --o
 from dataclasses import dataclass, field
 
 from diffusers_onestep import PID
-from diffusers_onestep.arguments import parse_args
+from diffusers_onestep.arguments import run_script
 from diffusers_onestep.data import Batches
 from diffusers_onestep.distillation import StudentArguments, train_student
 from diffusers_onestep.presets import PID_PRESETS
@@ -44,4 +44,4 @@ def main(args: PIDArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args(PIDArguments, presets=PID_PRESETS))
+    run_script(main, PIDArguments, presets=PID_PRESETS)

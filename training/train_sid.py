@@ -6,7 +6,7 @@ accelerate launch training/train_sid.py --pretrained_teacher_model fashion32 --o
 from dataclasses import dataclass, field
 
 from diffusers_onestep import SiD
-from diffusers_onestep.arguments import parse_args
+from diffusers_onestep.arguments import run_script
 from diffusers_onestep.data import Batches
 from diffusers_onestep.distillation import DistillationArguments, train_student
 from diffusers_onestep.presets import SID_PRESETS
@@ -55,4 +55,4 @@ def main(args: SiDArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args(SiDArguments, presets=SID_PRESETS))
+    run_script(main, SiDArguments, presets=SID_PRESETS)

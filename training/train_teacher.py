@@ -15,7 +15,7 @@ import torch
 from diffusers import ConsistencyModelPipeline, DDPMScheduler, EDMEulerScheduler
 
 from diffusers_onestep import Teacher, train
-from diffusers_onestep.arguments import TrainArguments, parse_args
+from diffusers_onestep.arguments import TrainArguments, run_script
 from diffusers_onestep.data import Batches, load_images
 from diffusers_onestep.methods.pretrain import Pretraining
 from diffusers_onestep.models import SpaceToDepthUNet2DModel
@@ -92,6 +92,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe")
     if parser.parse_known_args()[0].recipe == emoji_sd.RECIPE:
-        emoji_sd.main(parse_args(emoji_sd.EmojiArguments))
+        run_script(emoji_sd.main, emoji_sd.EmojiArguments)
     else:
-        main(parse_args(TeacherArguments))
+        run_script(main, TeacherArguments)

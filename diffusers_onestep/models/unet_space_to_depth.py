@@ -3,12 +3,12 @@
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 
-class SpaceToDepthUNet2DModel(ModelMixin, ConfigMixin):
+class SpaceToDepthUNet2DModel(UNet2DModel):
     r"""
     A [`UNet2DModel`] that works on space-to-depth pixels inside and is an ordinary pixel model outside: every
     `factor` x `factor` square of pixels becomes one position with `factor**2` times the channels, which makes small
@@ -29,8 +29,6 @@ class SpaceToDepthUNet2DModel(ModelMixin, ConfigMixin):
         id2label (`dict[int, str]`, *optional*): Names of the labels, the null label left out.
     """
 
-    _supports_gradient_checkpointing = True
-
     @register_to_config
     def __init__(
         self,
@@ -47,7 +45,7 @@ class SpaceToDepthUNet2DModel(ModelMixin, ConfigMixin):
         num_class_embeds: int | None = None,
         id2label: dict[int, str] | None = None,
     ):
-        super().__init__()
+        ModelMixin.__init__(self)  # the layers are those of `self.unet`
         if sample_size % factor:
             raise ValueError(f"`factor` must divide `sample_size` ({sample_size}), but is {factor}.")
         self.unet = UNet2DModel(
