@@ -528,7 +528,10 @@ def quality_plot(rows: list[Metrics], path: Path) -> None:
         axes.plot([row.nfe for row in own], [row.value for row in own], marker="o", label=name)
     scale = "log" if all(row.value > 0 for row in rows) else "linear"  # an unbiased KID may be negative
     axes.set(xscale="log", yscale=scale, xlabel="network evaluations", ylabel=rows[0].metric)
-    axes.grid(alpha=0.3, which="both")
+    counts = sorted({row.nfe for row in rows})
+    axes.set_xticks(counts, [str(count) for count in counts], minor=False)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
     save_figure(figure, path)

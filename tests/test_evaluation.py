@@ -14,6 +14,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from families import tiny_pipeline
+from PIL import Image
 from test_extractors import tiny_clip
 from test_text_to_image import run_script
 from test_trainer import run, script
@@ -70,14 +71,11 @@ def test_processes_share_the_sampling_and_find_the_same_numbers(tmp_path):
     assert results[0]["seed"] == 0 and {"torch", "diffusers", "python"} <= results[0]["versions"].keys()
 
 
-def test_one_number_of_evaluations_makes_no_curve(tmp_path):
-    def row(nfe):
-        return Metrics("m", nfe, "FD-fashion", 2.0 / nfe, 10, 1.0, 0)
-
-    quality_plot([row(1), row(2)], tmp_path / "quality.png")
-    assert (tmp_path / "quality.png").is_file()
-    quality_plot([row(1), row(1)], tmp_path / "quality.png")
-    assert not (tmp_path / "quality.png").exists()
+@pytest.mark.parametrize("evaluations", [[1], [1, 2]])
+def test_quality_is_drawn_of_any_number_of_rows(evaluations, tmp_path):
+    rows = [Metrics("m", nfe, "FD-fashion", 2.0 / nfe, 10, 1.0, 0) for nfe in evaluations]
+    quality_plot(rows, tmp_path / "quality.png")
+    assert Image.open(tmp_path / "quality.png").size == (720, 480)
 
 
 def test_a_student_keeps_its_own_scheduler():
