@@ -175,29 +175,31 @@ def student_hooks(
     teacher = teacher or distiller.origin
     if not isinstance(teacher, Teacher):
         return None, None
-    network = distiller.student.network
+
+    def network() -> nn.Module:  # as it is at the time: a sharded one is replaced while it is written
+        return distiller.student.network
 
     def pipeline() -> DiffusionPipeline:
-        return teacher.student_pipeline(network, **distiller.student_settings)
+        whole = merged(network()) if is_adapted(network()) else network()
+        return teacher.student_pipeline(whole, **distiller.student_settings)
 
-    pipeline()  # a start that it can not make is an error now, not after the training
+    # a start that it can not make is an error now, not after the training
+    teacher.student_pipeline(network(), **distiller.student_settings)
 
     def run(noise, cond, generator):
-        device = next(network.parameters()).device
+        device = next(network().parameters()).device
         return distiller.sample(noise.to(device), {k: v.to(device) for k, v in cond.items()}, generator)
-
-    def complete() -> DiffusionPipeline:
-        if not is_adapted(network):
-            return pipeline()
-        return teacher.student_pipeline(merged(network), **distiller.student_settings)
 
     guidance_scale = getattr(distiller.teacher, "guidance_scale", 1.0)
     validate = validation(teacher, run, args, samples, guidance_scale=guidance_scale)
-    return student_writer(complete, teacher, args, network), validate
+    return student_writer(pipeline, teacher, args, network), validate
 
 
 def student_writer(
-    pipeline: Callable[[], DiffusionPipeline], teacher: Teacher, args: TrainArguments, network: nn.Module
+    pipeline: Callable[[], DiffusionPipeline],
+    teacher: Teacher,
+    args: TrainArguments,
+    network: Callable[[], nn.Module],
 ) -> Callable[[Path], None]:
     """Writes a student's repository into a folder, the parts that training leaves alone only the first time. An
     adapter is merged into the weights, and is written beside them too."""
@@ -207,8 +209,8 @@ def student_writer(
         whole = pipeline()
 
         def more(beside: Path) -> None:
-            if is_adapted(network):
-                save_lora_weights(type(whole), teacher.network_name, network, beside)
+            if is_adapted(network()):
+                save_lora_weights(type(whole), teacher.network_name, network(), beside)
 
         parts = (teacher.network_name, "scheduler") if folder in complete else None
         write_repository(whole, folder, more, parts=parts, frozen=Path(args.output_dir))
@@ -236,7 +238,7 @@ def compression_hooks(
     def run(noise, cond, generator):
         return sample(student, teacher.reference_scheduler, noise, cond, num_inference_steps=num_inference_steps)
 
-    save = student_writer(pipeline, teacher, args, student.network)
+    save = student_writer(pipeline, teacher, args, lambda: student.network)
     guidance_scale = getattr(distiller.teacher, "guidance_scale", 1.0)
     return save, validation(teacher, run, args, samples, num_inference_steps, guidance_scale)
 

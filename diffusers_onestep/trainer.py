@@ -6,6 +6,7 @@ micro-batches.
 """
 
 import atexit
+import copy
 import hashlib
 import importlib.util
 import json
@@ -28,12 +29,13 @@ import torch
 from accelerate import Accelerator, cpu_offload_with_hook
 from accelerate.hooks import UserCpuOffloadHook
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, broadcast, set_seed
+from accelerate.utils import broadcast, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import is_bitsandbytes_available
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from .arguments import DTYPES, TrainArguments
@@ -43,6 +45,7 @@ from .lora import is_adapted, leave_dtypes_to_autocast
 from .methods.base import Batch, Distiller, OneStepDistiller
 from .records import RUN_RECORD, run_record, shown_arguments, without_secret_settings
 from .repository import read_json, write_json, write_text
+from .sharding import Sharding, gather, load_part, local, restore, save_part, whole, without_weights
 
 logger = get_logger(__name__)
 
@@ -56,7 +59,9 @@ class HalfLifeEMA(EMAModel):
     images_seen))` (Karras et al. 2020; SiD, training loop). The first update copies the parameters."""
 
     def __init__(self, parameters, halflife_images: float, rampup_ratio: float):
-        super().__init__(parameters, decay=1.0, foreach=True)
+        parameters = list(parameters)
+        # sharded tensors know no copy of all at once
+        super().__init__(parameters, decay=1.0, foreach=not any(isinstance(p, DTensor) for p in parameters))
         self.halflife_images, self.rampup_ratio = halflife_images, rampup_ratio
         self.images_seen, self.batch_size = 0, 1
 
@@ -64,14 +69,14 @@ class HalfLifeEMA(EMAModel):
         halflife = min(self.halflife_images, self.rampup_ratio * self.images_seen)
         return 0.5 ** (self.batch_size / max(halflife, 1e-8))
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def named(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The averaged weights, for safetensors."""
-        return {str(number): tensor.contiguous() for number, tensor in enumerate(self.shadow_params)}
+        return ((str(number), tensor) for number, tensor in enumerate(self.shadow_params))
 
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take up the averaged weights that `tensors` gave."""
-        for number, shadow in enumerate(self.shadow_params):
-            shadow.copy_(tensors[str(number)])
+        """Take up the averaged weights that `named` gave."""
+        for name, shadow in self.named():
+            restore(shadow, tensors[name])
 
     @contextmanager
     def applied(self, parameters: list[torch.nn.Parameter]):
@@ -197,11 +202,9 @@ class Trainer:
                 )
             args.gradient_accumulation_steps = args.global_batch_size // micro_batch
         atexit.register(self.accelerator.state.destroy_process_group)
-        if self.accelerator.distributed_type == DistributedType.FSDP:
-            raise ValueError(
-                "`distributed_type` of the launcher must be NO or MULTI_GPU, but is FSDP: networks are not sharded. "
-                "For large teachers use `lora_rank`, `teacher_dtype` bf16 and `gradient_checkpointing`."
-            )
+        self.sharding = Sharding.of(self.accelerator)
+        if self.sharding:
+            self._check_sharded()
         set_seed(args.seed)
         self.step, self.images_seen, self.train_seconds = 0, 0, 0.0
         self.best_distance: float | None = None
@@ -212,23 +215,40 @@ class Trainer:
         self.gradient_norms: dict[str, torch.Tensor] = {}  # of the last update, before clipping
         self._prepare()
 
+    def _check_sharded(self) -> None:
+        refused = {
+            "lora_rank": (is_adapted(self.distiller.student.network), "None", "adapters share the teacher's weights"),
+            "offload_teacher": (self.args.offload_teacher, "off", "use `fsdp_offload_params` of the launcher"),
+            "optimizer": (self.args.optimizer == "adamw8bit", "'adamw' or 'radam'", "it takes no sharded weights"),
+        }
+        for name, (given, allowed, reason) in refused.items():
+            if given:
+                raise ValueError(f"`{name}` must be {allowed} with FSDP: {reason}.")
+
     def _prepare(self) -> None:
         args, accelerator = self.args, self.accelerator
         dtype = DTYPES.get(accelerator.mixed_precision)
         self._teacher_hook = self._prepare_teacher()
         for denoiser in (v for v in vars(self.distiller).values() if isinstance(v, torch.nn.Module)):
-            if not (self._teacher_hook and denoiser is self.distiller.teacher):
+            if not (self.sharding or (self._teacher_hook and denoiser is self.distiller.teacher)):
                 denoiser.to(accelerator.device)
             configure_networks(denoiser, dtype, args.gradient_checkpointing)
+        if self.sharding:
+            self._student_without_weights = without_weights(self.distiller.student.network)
+            if (teacher := getattr(self.distiller, "teacher", None)) is not None:
+                self.sharding.shard(teacher.network)
         self.optimizers, self.lr_schedulers, self.parameters = {}, {}, {}
         for name, network in self.distiller.trainable.items():
             # evaluation mode: no DDP wrapper. Gradients of frozen networks flow in some phases and several forwards
             # share one backward, so the loop averages gradients itself.
-            accelerator.prepare_model(network, evaluation_mode=True)
-            self.parameters[name] = list(network.parameters())
+            if not self.sharding:
+                accelerator.prepare_model(network, evaluation_mode=True)
             if accelerator.num_processes > 1:  # all ranks start as rank 0
                 for tensor in (*network.parameters(), *network.buffers()):
-                    tensor.data.copy_(broadcast(tensor.data))
+                    tensor.data.copy_(broadcast(tensor.data.to(accelerator.device)))
+            if self.sharding:
+                self.sharding.shard(network)
+            self.parameters[name] = list(network.parameters())
             rate = args.learning_rate
             if name == "fake_score" and args.fake_score_learning_rate is not None:
                 rate = args.fake_score_learning_rate
@@ -248,7 +268,7 @@ class Trainer:
                 num_warmup_steps=args.lr_warmup_steps,
                 num_training_steps=args.max_train_steps,
             )
-            self.optimizers[name] = accelerator.prepare_optimizer(optimizer)
+            self.optimizers[name] = optimizer if self.sharding else accelerator.prepare_optimizer(optimizer)
         self.ema = None
         if args.ema_halflife_kimg:
             self.ema = HalfLifeEMA(self.parameters["student"], 1000 * args.ema_halflife_kimg, args.ema_rampup_ratio)
@@ -373,18 +393,18 @@ class Trainer:
 
     def optimizer_step(self, name: str) -> None:
         optimizer, parameters = self.optimizers[name], self.parameters[name]
-        if self.accelerator.num_processes > 1:
+        if self.accelerator.num_processes > 1 and not self.sharding:
             average_gradients(self.accelerator, parameters)
         gradients = [p.grad for p in parameters if p.grad is not None]
         # the gradient scaler of fp16 skips such steps, and has to see them
         if self.distiller.sanitize_gradients and self.accelerator.mixed_precision != "fp16":
             for gradient in gradients:
-                gradient.nan_to_num_(nan=0.0, posinf=1e5, neginf=-1e5)
+                local(gradient).nan_to_num_(nan=0.0, posinf=1e5, neginf=-1e5)
+        self.accelerator.unscale_gradients(optimizer)
+        norm = torch.nn.utils.get_total_norm(gradients)
         if self.max_grad_norm:
-            norm = self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm)
-        else:
-            self.accelerator.unscale_gradients(optimizer)
-            norm = torch.nn.utils.get_total_norm(gradients)
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
+        norm = whole(norm)
         if self.accelerator.mixed_precision != "fp16" and not torch.isfinite(norm):
             self.fail(name, norm, "gradient norm")
         self.gradient_norms[name] = norm.detach()
@@ -505,16 +525,21 @@ class Trainer:
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
+        main = self.accelerator.is_main_process
         self.accelerator.save_state(str(beside))
         self.distiller.save_state(beside, self.accelerator.process_index)
-        if self.accelerator.is_main_process:
-            if self.ema is not None:
-                save_file(self.ema.tensors(), beside / "ema.safetensors")
+        if self.sharding:
+            for name, network in self.distiller.trainable.items():
+                save_part(network, self.optimizers[name], beside / f"{name}.safetensors", main)
+        averages = gather(self.ema.named(), main) if self.ema is not None else {}
+        if main:
+            if averages:
+                save_file(averages, beside / "ema.safetensors")
             state = {name: getattr(self, name) for name in _STATE}
             schedules = {name: scheduler.state_dict() for name, scheduler in self.lr_schedulers.items()}
             write_json(beside / "trainer_state.json", state | {"lr_schedulers": schedules})
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
+        if main:
             if final.exists():
                 remove_checkpoint(final)
             os.replace(beside, final)
@@ -525,15 +550,34 @@ class Trainer:
 
     def write_student(self) -> None:
         """The student as it stands, into the output folder."""
-        if self.accelerator.is_main_process and self.save_student is not None:
+        if self.save_student is not None:
             with self.averaged(), torch.no_grad():
                 self.write_folder(self.output_dir)
         self.accelerator.wait_for_everyone()
 
+    @contextmanager
+    def whole_student(self):
+        """The student in one piece, on the main process, to be written; all ranks must ask for it."""
+        denoiser = self.distiller.student
+        sharded = denoiser.network
+        if self.sharding:
+            weights = gather(sharded.state_dict().items(), self.accelerator.is_main_process)
+            if weights:
+                denoiser.network = copy.deepcopy(self._student_without_weights)
+                denoiser.network.load_state_dict(weights, assign=True)
+        try:
+            yield
+        finally:
+            denoiser.network = sharded
+
     def write_folder(self, folder: Path, picture: Path | None = None) -> None:
-        """The student, what its card is made of, and the card."""
-        self._put_aside_old_numbers(folder)
-        self.save_student(folder)
+        """The student, what its card is made of, and the card, by the main process; all ranks must call it."""
+        with self.whole_student():
+            if self.accelerator.is_main_process:
+                self._put_aside_old_numbers(folder)
+                self.save_student(folder)
+        if not self.accelerator.is_main_process:
+            return
         if picture is not None and picture.is_file():
             shutil.copy(picture, folder)
         write_json(folder / "training_args.json", self.settings)
@@ -585,8 +629,18 @@ class Trainer:
             setattr(self, name, state[name])
         for name, scheduler in self.lr_schedulers.items():
             scheduler.load_state_dict(state["lr_schedulers"][name])
+        if self.sharding:
+            self._resume_sharded(path)
         if self.ema is not None:
             self.ema.load_tensors(load_file(path / "ema.safetensors"))
+
+    def _resume_sharded(self, path: Path) -> None:
+        """Networks and optimizers, which Accelerate leaves to us."""
+        for name, network in self.distiller.trainable.items():
+            load_part(network, self.optimizers[name], path / f"{name}.safetensors")
+            rates = self.lr_schedulers[name].get_last_lr()
+            for group, rate in zip(self.optimizers[name].param_groups, rates, strict=True):
+                group["lr"] = rate
 
     # what a person looks at
 
@@ -606,19 +660,28 @@ class Trainer:
             network.train(was_training)
 
     def write_samples(self) -> None:
-        if self.validate is not None and self.accelerator.is_main_process:
-            with self.averaged(), torch.no_grad():
-                values = self.validate(self.output_dir)
-                self.log_picture(self.output_dir / "samples.png")
-                distance = values.get("distance", math.inf)
-                best = math.inf if self.best_distance is None else self.best_distance
-                if distance < best and self.save_student is not None:
-                    self.best_distance = distance
+        main = self.accelerator.is_main_process
+        if self.validate is not None and (main or self.sharding):  # sharded networks answer all ranks or none
+            with self.averaged(), torch.no_grad(), tempfile.TemporaryDirectory() as unseen:
+                values = self.validate(self.output_dir if main else Path(unseen))
+                if main:
+                    self.log_picture(self.output_dir / "samples.png")
+                if self.is_best(values.get("distance", math.inf)) and self.save_student is not None:
                     self.write_folder(self.output_dir / "best", picture=self.output_dir / "samples.png")
-            if values:
-                self.write_log(values)
-            self.draw_health()
+            if main:
+                if values:
+                    self.write_log(values)
+                self.draw_health()
         self.accelerator.wait_for_everyone()
+
+    def is_best(self, distance: float) -> bool:
+        """Whether `distance`, as the main process has it, is the least so far; it is noted then."""
+        if self.sharding:
+            distance = broadcast(torch.tensor([distance], dtype=torch.float64, device=self.accelerator.device)).item()
+        best = math.inf if self.best_distance is None else self.best_distance
+        if distance < best:
+            self.best_distance = distance
+        return distance < best
 
     def draw_health(self) -> None:
         """Rewrite `health.png`; without matplotlib there is `log.jsonl` alone."""

@@ -1,0 +1,150 @@
+"""FSDP2: networks whose weights, gradients and optimizer states are spread over all ranks.
+
+Accelerate's settings (`training/configs/fsdp2.yaml`) say how; torch's `fully_shard` does it, to every network of a
+method by itself. (`Accelerator.prepare` takes one network with its optimizer, on GPUs only, and under bf16 hands the
+network timesteps rounded to bf16, where 999 is 1000.) A sharded network answers only when all ranks call it.
+"""
+
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils import parse_flag_from_env
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+class Sharding:
+    """How networks are spread over the ranks of a run.
+
+    Args:
+        accelerator (`Accelerator`): whose ranks and devices they are.
+        plugin (`FullyShardedDataParallelPlugin`): Accelerate's settings, of which `reshard_after_forward`,
+            `cpu_offload` and `transformer_cls_names_to_wrap` are followed; without the last, a network's own
+            `_no_split_modules` are its blocks.
+        autocast_dtype (`torch.dtype`, *optional*): in which trained weights travel; gradients travel in float32.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        plugin: FullyShardedDataParallelPlugin,
+        autocast_dtype: torch.dtype | None = None,
+    ):
+        if plugin.fsdp_version != 2:
+            raise ValueError(f"`fsdp_version` of the launcher must be 2, but is {plugin.fsdp_version}.")
+        if autocast_dtype == torch.float16:
+            raise ValueError("`mixed_precision` must be 'no' or 'bf16' with FSDP, but is 'fp16'.")
+        self.mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+        self.blocks = plugin.transformer_cls_names_to_wrap
+        self.settings = {
+            "mesh": self.mesh,
+            "reshard_after_forward": plugin.reshard_after_forward,
+            "offload_policy": plugin.cpu_offload,
+        }
+        self.dtype = autocast_dtype
+
+    @classmethod
+    def of(cls, accelerator: Accelerator) -> "Sharding | None":
+        """What the launcher asks for; None without FSDP, or with one process."""
+        # on CPUs Accelerate makes data parallelism of it, without a word
+        if accelerator.num_processes == 1 or not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            return None
+        plugin = getattr(accelerator.state, "fsdp_plugin", None) or FullyShardedDataParallelPlugin()
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+        return cls(accelerator, plugin, dtype)
+
+    def shard(self, network: nn.Module) -> None:
+        """Spread a network in place: its repeated blocks one by one, then what is left."""
+        if isinstance(network, nn.ModuleList):  # networks that are trained as one, and called by themselves
+            for part in network:
+                self.shard(part)
+            return
+        trained = any(p.requires_grad for p in network.parameters())
+        # inputs are cast by autocast, layer by layer: a cast here would round timesteps
+        policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+        if trained and self.dtype is not None:
+            policy = MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False)
+        names = set(self.blocks or getattr(network, "_no_split_modules", None) or ())
+        blocks = [module for module in network.modules() if type(module).__name__ in names]
+        for module in [*reversed(blocks), network]:  # inner ones first
+            fully_shard(module, mp_policy=policy, **self.settings)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in one piece; all ranks must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def without_weights(network: nn.Module) -> nn.Module:
+    """A copy of a network whose parameters hold no data."""
+    empty = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in network.parameters()}
+    return copy.deepcopy(network, empty)
+
+
+def gather(tensors: Iterable[tuple[str, torch.Tensor]], keep: bool) -> dict[str, torch.Tensor]:
+    """Tensors in one piece on the CPU, for the ranks that are to `keep` them; all ranks must call it."""
+    pieces = {}
+    for name, tensor in tensors:
+        tensor = whole(tensor.detach())
+        if keep:
+            pieces[name] = tensor.cpu().contiguous()
+    return pieces
+
+
+def save_part(network: nn.Module, optimizer: torch.optim.Optimizer, path: Path, main: bool) -> None:
+    """Write a trained network and the states of its optimizer, in one piece, to `path`; all ranks must call it."""
+    tensors = gather(_named_state(network, optimizer), main)
+    if main:
+        save_file(tensors, path)
+
+
+def load_part(network: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Take up what `save_part` wrote, by any number of ranks."""
+    with safe_open(path, "pt") as file:
+        for name, tensor in network.state_dict().items():
+            restore(tensor, file.get_tensor(f"network.{name}"))
+        names = set(file.keys())
+        for number, parameter in enumerate(_parameters(optimizer)):
+            prefix = f"optimizer.{number}."
+            optimizer.state[parameter] = {
+                name.removeprefix(prefix): _like(parameter, file.get_tensor(name))
+                for name in names
+                if name.startswith(prefix)
+            }
+
+
+@torch.no_grad()
+def restore(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Put a `value` in one piece into a tensor that may be spread."""
+    tensor.copy_(_like(tensor, value))
+
+
+def _named_state(network, optimizer) -> Iterable[tuple[str, torch.Tensor]]:
+    yield from ((f"network.{name}", tensor) for name, tensor in network.state_dict().items())
+    for number, parameter in enumerate(_parameters(optimizer)):
+        for name, value in optimizer.state[parameter].items():
+            yield f"optimizer.{number}.{name}", value
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _like(tensor: Any, value: torch.Tensor) -> torch.Tensor:
+    """`value`, spread as `tensor` is if it is as large."""
+    if not isinstance(tensor, DTensor) or value.shape != tensor.shape:
+        return value
+    return distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
