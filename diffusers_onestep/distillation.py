@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -74,10 +75,6 @@ class TeacherArguments(TrainArguments):
         """The teacher with `guidance_scale`."""
         return teacher if self.guidance_scale == 1.0 else teacher.guided(self.guidance_scale)
 
-    def model_distance(self, teacher: Teacher, name: str, argument: str) -> str | Decoded:
-        """A distance for the teacher's model space: perceptual ones see the images that latents stand for."""
-        return Decoded(name, teacher.decode, argument) if teacher.takes_prompts and name in PERCEPTUAL else name
-
     def load_samples(self, teacher: Teacher, *, images: bool = False, pairs: str | None = None) -> Samples:
         """What batches are drawn from: conditions (every label, or the prompts of `prompts` or `dataset_name`), with
         real `images` of `dataset_name`, or teacher `pairs`. Text encoders, which are not needed after that, are saved
@@ -125,6 +122,28 @@ class StudentArguments(TeacherArguments):
     def load_student(self) -> Denoiser | None:
         """The model that `--student_init` names."""
         return Teacher.from_pretrained(self.student_init).denoiser if self.student_init else None
+
+
+@dataclass
+class DistanceArguments(StudentArguments):
+    """Flags of methods that compare images."""
+
+    tiny_vae: str | None = field(
+        default=None,
+        metadata={"help": "AutoencoderTiny, a Hub id or folder, that decodes latents for perceptual distances."},
+    )
+
+    def model_distance(self, teacher: Teacher, name: str, argument: str) -> str | Decoded:
+        """A distance for the teacher's model space: perceptual ones see the images that latents stand for."""
+        if teacher.takes_prompts and name in PERCEPTUAL:
+            vae = None if self.tiny_vae is None else teacher.load_tiny_vae(self.tiny_vae)
+            return Decoded(name, partial(teacher.decode, vae=vae), argument)
+        if self.tiny_vae is not None:
+            raise ValueError(
+                f"`tiny_vae` must be None where nothing is decoded, with a `{argument}` of {name!r} on a "
+                f"{type(teacher.pipeline).__name__}, but is {self.tiny_vae!r}."
+            )
+        return name
 
 
 @dataclass

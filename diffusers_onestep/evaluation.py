@@ -111,13 +111,20 @@ class Generated:
     clip: CLIP | None = None
 
 
-def sample_shape(pipeline: Teacher | DiffusionPipeline) -> tuple[int, int, int]:
-    """`(C, H, W)` of the noises that a model starts from."""
+def sample_shape(
+    pipeline: Teacher | DiffusionPipeline, resolution: int | tuple[int, int] | None = None
+) -> tuple[int, int, int]:
+    """`(C, H, W)` of the noises that a model starts from, a text-to-image pipeline at `resolution` pixels."""
+    family = None if isinstance(pipeline, Teacher) else family_of(pipeline)
+    if resolution is not None and family is None:
+        raise ValueError(
+            f"`resolution` must be None for a {type(pipeline).__name__}, whose size is its own, but is {resolution}."
+        )
     if hasattr(pipeline, "sample_shape"):
         return tuple(pipeline.sample_shape)
-    network, family = network_of(pipeline), family_of(pipeline)
+    network = network_of(pipeline)
     if family is not None:
-        height, width = (side // pipeline.vae_scale_factor for side in family.default_size(pipeline))
+        height, width = (side // pipeline.vae_scale_factor for side in family.size(pipeline, resolution))
         return family.latent_channels(network), height, width
     return sample_shape_of(network)
 
@@ -146,7 +153,13 @@ def noises_and_labels(
     return noise, {} if num_labels is None else {"class_labels": torch.arange(num_samples) % num_labels}
 
 
-def conditions(pipeline: Teacher | DiffusionPipeline, num_samples: int, seed: int, prompts: Sequence[str] | None):
+def conditions(
+    pipeline: Teacher | DiffusionPipeline,
+    num_samples: int,
+    seed: int,
+    prompts: Sequence[str] | None,
+    resolution: int | tuple[int, int] | None = None,
+) -> tuple[torch.Tensor, dict[str, Any]]:
     """`noises_and_labels` of one model."""
     if takes_prompts(pipeline) != (prompts is not None):
         wants = "prompts" if takes_prompts(pipeline) else "no prompts"
@@ -155,7 +168,7 @@ def conditions(pipeline: Teacher | DiffusionPipeline, num_samples: int, seed: in
             f"this {type(pipeline).__name__} takes {wants}."
         )
     num_labels = None if prompts is not None else pipeline.num_labels
-    return noises_and_labels(sample_shape(pipeline), num_labels, num_samples, seed, prompts)
+    return noises_and_labels(sample_shape(pipeline, resolution), num_labels, num_samples, seed, prompts)
 
 
 def part_of(cond: dict[str, Any], places: Sequence[int]) -> dict[str, Any]:
@@ -258,6 +271,7 @@ def generate(
     scheduler: SchedulerMixin | None = None,
     guidance_scale: float | None = None,
     prompts: Sequence[str] | None = None,
+    resolution: int | tuple[int, int] | None = None,
     clip: CLIP | None = None,
     all_processes: bool = False,
 ) -> Generated:
@@ -265,7 +279,7 @@ def generate(
     run = sampler(
         pipeline, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, scheduler=scheduler
     )
-    noise, cond = conditions(pipeline, num_samples, seed, prompts)
+    noise, cond = conditions(pipeline, num_samples, seed, prompts, resolution)
     one = range(1)
     with evaluations_of(network_of(pipeline)) as seen:
         run(noise[:1], part_of(cond, one), torch.Generator().manual_seed(seed))  # warm-up
@@ -406,6 +420,7 @@ def evaluate(
     extractor_weights: str | None = None,
     guidance_scale: float | None = None,
     prompts: Sequence[str] | None = None,
+    resolution: int | tuple[int, int] | None = None,
     clip_model: str | CLIP | None = None,
     teacher: Generated | None = None,
     all_processes: bool = False,
@@ -425,8 +440,11 @@ def evaluate(
         metrics (sequence of `str`, *optional*, defaults to `("fd",)`): of `METRICS`; the first heads the row.
         extractor (`str` or `Extractor`, *optional*, defaults to `"fashion"`): see `load_extractor`.
         extractor_weights (`str`, *optional*): see `load_extractor`.
-        guidance_scale (`float`, *optional*): of a teacher (1.0 by default) or of a pipeline that takes it.
+        guidance_scale (`float`, *optional*): of a teacher (1.0 by default) or of a pipeline that takes it; that of
+            FLUX feeds its guidance embedding, as a teacher's `embedded_guidance` does.
         prompts (sequence of `str`, *optional*): of a text-to-image model, used in turn.
+        resolution (`int` or `tuple[int, int]`, *optional*): height and width in pixels of a text-to-image pipeline; by
+            default its own. A teacher has its own.
         clip_model (`str` or `CLIP`, *optional*): of `"clip_score"`.
         teacher (`Generated`, *optional*): what `generate` gave of the teacher on the same noises, for `"agreement"`.
         all_processes (`bool`, *optional*, defaults to `False`): share the sampling; every process must call this.
@@ -450,6 +468,7 @@ def evaluate(
         scheduler=scheduler,
         guidance_scale=guidance_scale,
         prompts=prompts,
+        resolution=resolution,
         clip=clip_model if "clip_score" in metrics else None,
         all_processes=all_processes,
     )

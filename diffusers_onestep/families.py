@@ -59,6 +59,16 @@ class Family:
         height, width = (size, size) if isinstance(size, int) else size
         return height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor
 
+    def size(self, pipeline: DiffusionPipeline, resolution: int | tuple[int, int] | None) -> tuple[int, int]:
+        """Height and width in pixels at `resolution`, by default those of the network's config."""
+        size = (resolution, resolution) if isinstance(resolution, int) else resolution
+        height, width = size or self.default_size(pipeline)
+        patch = max(self.patch, getattr(pipeline, self.network).config.get("patch_size") or 1)
+        least = pipeline.vae_scale_factor * patch
+        if height < least or width < least or height % least or width % least:
+            raise ValueError(f"`resolution` must be a multiple of {least}, but is {resolution}.")
+        return height, width
+
     def replaced(self, teacher: Any, network: nn.Module) -> dict[str, Any]:
         """What a student's pipeline has instead of the teacher's: its network, with the trained size in its config."""
         height, width = teacher.sample_shape[1:]

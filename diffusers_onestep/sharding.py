@@ -44,11 +44,8 @@ class Sharding:
             raise ValueError("`mixed_precision` must be 'no' or 'bf16' with FSDP, but is 'fp16'.")
         self.mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
         self.blocks = plugin.transformer_cls_names_to_wrap
-        self.settings = {
-            "mesh": self.mesh,
-            "reshard_after_forward": plugin.reshard_after_forward,
-            "offload_policy": plugin.cpu_offload,
-        }
+        self.settings = {"mesh": self.mesh, "offload_policy": plugin.cpu_offload}
+        self.reshard_after_forward = plugin.reshard_after_forward
         self.dtype = autocast_dtype
 
     @classmethod
@@ -74,8 +71,10 @@ class Sharding:
             policy = MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False)
         names = set(self.blocks or getattr(network, "_no_split_modules", None) or ())
         blocks = [module for module in network.modules() if type(module).__name__ in names]
-        for module in [*reversed(blocks), network]:  # inner ones first
-            fully_shard(module, mp_policy=policy, **self.settings)
+        for block in reversed(blocks):  # inner ones first
+            fully_shard(block, mp_policy=policy, reshard_after_forward=self.reshard_after_forward, **self.settings)
+        # what is left stays in one piece until the backward pass, which may come in through inner features (GAN)
+        fully_shard(network, mp_policy=policy, reshard_after_forward=False, **self.settings)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, EDMEulerScheduler, SchedulerMixin
+from diffusers import AutoencoderTiny, DiffusionPipeline, EDMEulerScheduler, SchedulerMixin
 from torch import nn
 
 from .conditions import Labels, label_embeddings, label_ids, named_labels
@@ -83,18 +83,9 @@ class Teacher:
         for name, part in pipeline.components.items():
             if isinstance(part, nn.Module) and name != self.network_name:
                 part.requires_grad_(False).eval()
-        self.resolution = self._size(resolution)
+        self.resolution = self.family.size(pipeline, resolution)
         height, width = (side // pipeline.vae_scale_factor for side in self.resolution)
         self.sample_shape = (self.family.latent_channels(network), height, width)
-
-    def _size(self, resolution: int | tuple[int, int] | None) -> tuple[int, int]:
-        size = (resolution, resolution) if isinstance(resolution, int) else resolution
-        height, width = size or self.family.default_size(self.pipeline)
-        patch = max(self.family.patch, self.denoiser.network.config.get("patch_size") or 1)
-        least = self.pipeline.vae_scale_factor * patch
-        if height < least or width < least or height % least or width % least:
-            raise ValueError(f"`resolution` must be a multiple of {least}, but is {resolution}.")
-        return height, width
 
     @classmethod
     def from_pretrained(
@@ -209,11 +200,12 @@ class Teacher:
         for encoder in self.text_encoders().values():
             encoder.to("meta")
 
-    def decode(self, x0: torch.Tensor) -> torch.Tensor:
-        """Images `(B, 3, H, W)` in [-1, 1] of latents; samples of a pixel teacher as they are. Gradients flow."""
+    def decode(self, x0: torch.Tensor, vae: AutoencoderTiny | None = None) -> torch.Tensor:
+        """Images `(B, 3, H, W)` in [-1, 1] of latents, by the teacher's own autoencoder or a small `vae` that stands
+        in for it; samples of a pixel teacher as they are. Gradients flow."""
         if not self.takes_prompts:
             return x0
-        vae, (mean, std, shift) = self._vae(x0.device)
+        vae, (mean, std, shift) = self._vae(x0.device, vae)
         x0 = x0.float() * std / vae.config.scaling_factor + mean + shift
         return vae.decode(x0.to(vae.dtype), return_dict=False)[0].float()
 
@@ -227,8 +219,24 @@ class Teacher:
         latents = output.latent_dist.mode() if hasattr(output, "latent_dist") else output[0]
         return (latents.float() - shift - mean) / std * vae.config.scaling_factor
 
-    def _vae(self, device: torch.device):
-        vae = self.pipeline.vae.to(device)
+    def load_tiny_vae(self, path_or_id: str | os.PathLike) -> AutoencoderTiny:
+        """A small autoencoder for the latents of this teacher, such as `madebyollin/taesd` for Stable Diffusion 1.x:
+        its decoder takes a fraction of the memory and time. Its latents are the network's own, unscaled."""
+        kind = AutoencoderTiny.load_config(path_or_id)["_class_name"]
+        if kind != "AutoencoderTiny":
+            raise ValueError(f"`tiny_vae` must be an AutoencoderTiny, but {str(path_or_id)!r} is an {kind}.")
+        vae = AutoencoderTiny.from_pretrained(path_or_id, use_safetensors=True)
+        found = vae.config.latent_channels, 2 ** (len(vae.config.decoder_block_out_channels) - 1)
+        wanted = self.sample_shape[0], self.pipeline.vae_scale_factor
+        if found != wanted:
+            raise ValueError(
+                f"`tiny_vae` must have {wanted[0]} latent channels and {wanted[1]} pixels on a side of each latent "
+                f"for this {type(self.pipeline).__name__}, but {str(path_or_id)!r} has {found[0]} and {found[1]}."
+            )
+        return vae.requires_grad_(False).eval()
+
+    def _vae(self, device: torch.device, vae: nn.Module | None = None):
+        vae = (self.pipeline.vae if vae is None else vae).to(device)
         if vae.dtype == torch.float16 and vae.config.get("force_upcast"):
             vae.float()  # SDXL's overflows in half precision
         mean, std = (vae.config.get(f"latents_{name}") for name in ("mean", "std"))

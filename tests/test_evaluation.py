@@ -186,6 +186,41 @@ def test_teachers_of_every_family_and_size_are_sampled_as_in_training(family):
     assert seen == [2]
 
 
+def test_models_are_measured_at_another_size_and_embedded_guidance(tmp_path, monkeypatch):
+    """By the script: the teacher and a model of several steps get what is asked for; a student keeps its own."""
+    pipeline = tiny_pipeline("flux")
+    teacher = Teacher(pipeline, resolution=16, embedded_guidance=2.5)
+    teacher.compressed_pipeline(pipeline.transformer).save_pretrained(tmp_path / "model")
+    student = teacher.student_pipeline(pipeline.transformer, student_timesteps=[1000.0], init_noise_sigma=1.0)
+    student.save_pretrained(tmp_path / "student")
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    tiny_clip(tmp_path / "clip")
+    seen, forward = set(), type(pipeline.transformer).forward
+
+    def watched(self, hidden_states, *args, guidance, **kwargs):
+        seen.update((hidden_states.shape[1], scale) for scale in guidance.tolist())
+        return forward(self, hidden_states, *args, guidance=guidance, **kwargs)
+
+    monkeypatch.setattr(type(pipeline.transformer), "forward", watched)
+    flags = ["--pretrained_teacher_model", tmp_path / "model", "--teacher_steps", 2, "--num_inference_steps", 2]
+    flags += ["--prompts", tmp_path / "prompts.txt", "--metrics", "clip_score", "--clip_model", tmp_path / "clip"]
+    flags += ["--extractor", "clip", "--extractor_weights", tmp_path / "clip", "--output_dir", tmp_path / "out"]
+    flags += ["--num_samples", 2, "--batch_size", 1, "--resolution", 32]
+    run_script("evaluate", *flags, "--model", tmp_path / "model", "--embedded_guidance", 1.5)
+    assert seen == {(8 * 8, 1.5)}  # tokens of 2 x 2 latents of 2 x 2 pixels
+    seen.clear()
+    run_script("evaluate", *flags, "--model", tmp_path / "student")
+    assert seen == {(8 * 8, 2.5), (8 * 8, 3.5)}  # the student's own, and the teacher's default
+    for changes, message in (
+        (["--model", tmp_path / "student", "--embedded_guidance", 1.5], "`guidance_scale` must be 2.5"),
+        (["--model", "fashion32-onestep", "--embedded_guidance", 1.5], "`embedded_guidance` must be None"),
+        (["--model", "fashion32-onestep"], "`resolution` must be None for a OneStepPipeline"),
+        (["--model", tmp_path / "model", "--resolution", 30], "`resolution` must be a multiple of 4, but is 30"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_script("evaluate", *flags, *changes)
+
+
 def test_the_script_reads_prompts_as_training_does(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("café", encoding="latin-1")

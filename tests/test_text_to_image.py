@@ -254,3 +254,62 @@ def test_two_real_ranks_equal_one_process(folders, tmp_path):
     first, second = (torch.cat([(result[key] - start[key]).flatten() for key in start]) for result in results)
     assert first.abs().max() > 1e-7
     torch.testing.assert_close(first, second, rtol=0, atol=2e-3 * first.abs().max().item())
+
+
+def tiny_autoencoder(channels=4, width=(8, 8)):
+    torch.manual_seed(0)
+    return diffusers.AutoencoderTiny(
+        encoder_block_out_channels=width,
+        decoder_block_out_channels=width,
+        num_encoder_blocks=(1,) * len(width),
+        num_decoder_blocks=(1,) * len(width),
+        latent_channels=channels,
+    ).eval()
+
+
+@pytest.mark.parametrize("family", ["sd", "sd3"])
+def test_a_tiny_autoencoder_takes_the_latents_of_the_network(family, tmp_path):
+    """Those that an AutoencoderKL takes are scaled, and for flow teachers shifted."""
+    tiny_autoencoder().save_pretrained(tmp_path)
+    teacher = teacher_of(tiny_pipeline(family), family)
+    vae = teacher.load_tiny_vae(tmp_path)
+    x0 = torch.randn(2, *teacher.sample_shape, generator=seeded()).requires_grad_(True)
+    images = teacher.decode(x0, vae)
+    torch.testing.assert_close(images, 2 * vae.decoder.layers(torch.tanh(x0 / 3) * 3) - 1)
+    assert images.shape == teacher.decode(x0).shape == (2, 3, 16, 16)
+    images.sum().backward()
+    assert x0.grad.abs().max() > 0 and all(p.grad is None for p in vae.parameters())
+    scaled = x0.detach() / teacher.pipeline.vae.config.scaling_factor
+    shifted = scaled + (teacher.pipeline.vae.config.shift_factor or 0)
+    torch.testing.assert_close(teacher.decode(x0.detach()), teacher.pipeline.vae.decode(shifted).sample)
+
+
+def test_perceptual_distances_decode_by_a_tiny_autoencoder(folders, tmp_path, monkeypatch):
+    tiny_autoencoder().save_pretrained(tmp_path / "tiny")
+    calls, decode = [], diffusers.AutoencoderTiny.decode
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return decode(*args, **kwargs)
+
+    monkeypatch.setattr(diffusers.AutoencoderTiny, "decode", counted)
+    settings = {"distance": "stlpips", "num_points": 20, "tiny_vae": tmp_path / "tiny"}
+    run_script("train_pid", *flags(folders, "sd", tmp_path / "out", **settings))
+    assert len(calls) == 2 * 2  # two images of each of two steps
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert index["vae"] == ["diffusers", "AutoencoderKL"]  # the student keeps its teacher's
+
+
+def test_what_a_tiny_autoencoder_can_not_serve_is_refused(folders, tmp_path):
+    for name, vae in (("channels", tiny_autoencoder(16)), ("scale", tiny_autoencoder(4, (8, 8, 8)))):
+        vae.save_pretrained(tmp_path / name)
+    pid = {"distance": "stlpips"}
+    for script, settings, message in (
+        ("train_pid", pid | {"tiny_vae": tmp_path / "channels"}, "must have 4 latent channels .* has 16 and 2"),
+        ("train_pid", pid | {"tiny_vae": tmp_path / "scale"}, ".* and 2 pixels .* has 4 and 4"),
+        ("train_pid", pid | {"tiny_vae": folders / "sd" / "vae"}, "must be an AutoencoderTiny, but .* AutoencoderKL"),
+        ("train_pid", {"distance": "l2", "tiny_vae": tmp_path / "scale"}, "must be None where nothing is decoded"),
+        ("train_dmd", {"tiny_vae": tmp_path / "scale"}, "must be None without a `regression_weight`"),
+    ):
+        with pytest.raises(ValueError, match=f"`tiny_vae` {message}"):
+            run_script(script, *flags(folders, "sd", tmp_path / "out", **settings))

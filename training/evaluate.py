@@ -36,7 +36,9 @@ from diffusers_onestep.evaluation import (
     generate,
     markdown_table,
     measure,
+    network_of,
     quality_plot,
+    sample_shape,
     sampler,
     stated,
     write_metrics,
@@ -79,6 +81,13 @@ class EvaluateArguments(HubArguments):
     )
     reference_split: str = field(default="test", metadata={"help": "Of a data set."})
     prompts: str | None = field(default=None, metadata={"help": "Of text-to-image models: a file, one a line."})
+    resolution: int | None = field(
+        default=None, metadata={"help": "Of text-to-image models: height and width in pixels; default: their own."}
+    )
+    embedded_guidance: float | None = field(
+        default=None,
+        metadata={"help": "What FLUX.1-dev's guidance embedding is fed; default: 3.5, and what a student has."},
+    )
     seed: int = field(default=0, metadata={"help": "Of the noises."})
 
 
@@ -92,6 +101,21 @@ def model_steps(pipeline: DiffusionPipeline, args: EvaluateArguments) -> list[in
             f"`num_inference_steps` must be given for a model with a {type(pipeline.scheduler).__name__}, but is None."
         )
     return list(steps)
+
+
+def model_guidance(pipeline: DiffusionPipeline, embedded_guidance: float | None) -> dict[str, float]:
+    """The argument that feeds a model's guidance embedding, if it is to be fed something else than its own."""
+    if embedded_guidance is None:
+        return {}
+    if not network_of(pipeline).config.get("guidance_embeds"):
+        raise ValueError(
+            f"`embedded_guidance` must be None for a {type(pipeline).__name__}, whose network has no guidance "
+            f"embedding, but is {embedded_guidance}."
+        )
+    given = {"guidance_scale": embedded_guidance}
+    if getattr(pipeline, "student_steps", None) is not None:
+        pipeline.check_student_inputs(dict(given))  # a student's is baked in
+    return given
 
 
 def main(args: EvaluateArguments) -> None:
@@ -127,17 +151,24 @@ def main(args: EvaluateArguments) -> None:
     teacher_rows, student_rows, pictures = [], [], []
     teacher = target = None
     if args.pretrained_teacher_model:
-        teacher = Teacher.from_pretrained(args.pretrained_teacher_model, device=state.device)
+        given = {} if args.embedded_guidance is None else {"embedded_guidance": args.embedded_guidance}
+        teacher = Teacher.from_pretrained(
+            args.pretrained_teacher_model, device=state.device, resolution=args.resolution, **given
+        )
+        model_guidance(teacher.pipeline, args.embedded_guidance)
     students = [OneStepPipeline.from_pretrained(path).to(state.device) for path in args.model]
+    for pipeline in students:
+        sample_shape(pipeline, args.resolution)  # a size that it can not have is an error now
+    fed = [model_guidance(pipeline, args.embedded_guidance) for pipeline in students]
     for steps in sorted(args.teacher_steps if teacher else [], reverse=True):
         own = {"num_inference_steps": steps, "guidance_scale": args.guidance_scale}
         samples = sample(teacher, name="teacher", **own)
         target = target or samples  # what students are to agree with: the teacher at its most steps
         teacher_rows.insert(0, report(samples, reference, args.metrics, target, state.print))
         pictures = pictures or [sampler(teacher, **own)]
-    for name, pipeline in zip(args.model, students, strict=True):
+    for name, pipeline, guidance in zip(args.model, students, fed, strict=True):
         for steps in model_steps(pipeline, args):
-            samples = sample(pipeline, name=name, num_inference_steps=steps)
+            samples = sample(pipeline, name=name, num_inference_steps=steps, resolution=args.resolution, **guidance)
             student_rows.append(report(samples, reference, args.metrics, target, state.print))
     rows = student_rows + teacher_rows
     if not state.is_main_process or not rows:
@@ -146,7 +177,7 @@ def main(args: EvaluateArguments) -> None:
     write_metrics(output_dir / "metrics.json", rows, command=command_line() or "")
     quality_plot(rows, output_dir / "quality.png")
     if teacher and students:
-        pictures.append(sampler(students[0], num_inference_steps=model_steps(students[0], args)[-1]))
+        pictures.append(sampler(students[0], num_inference_steps=model_steps(students[0], args)[-1], **fed[0]))
         comparison_grid(*pictures, *conditions(teacher, PICTURES, args.seed, prompts), output_dir / "samples.png")
     if in_student:
         create_model_card(output_dir)

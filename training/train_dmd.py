@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from diffusers_onestep import DMD
 from diffusers_onestep.arguments import run_script
 from diffusers_onestep.data import Batches, load_images
-from diffusers_onestep.distillation import DistillationArguments, train_student
+from diffusers_onestep.distillation import DistanceArguments, DistillationArguments, train_student
 from diffusers_onestep.presets import DMD_PRESETS
 
 
 @dataclass
-class DMDArguments(DistillationArguments):
+class DMDArguments(DistillationArguments, DistanceArguments):
     pairs: str | None = field(default=None, metadata={"help": "Teacher pairs, a folder of make_pairs.py."})
     level_ratios: list[float] | None = field(
         default=None,
@@ -43,19 +43,24 @@ def main(args: DMDArguments) -> None:
             raise ValueError(f"`{name}` must be given with a `{weight}` of {getattr(args, weight)}, but is None.")
     if args.regression_weight and args.gan_weight:
         raise ValueError("`regression_weight` and `gan_weight` must not both be set: DMD has the one, DMD2 the other.")
+    if args.tiny_vae is not None and not args.regression_weight:
+        raise ValueError(f"`tiny_vae` must be None without a `regression_weight`, but is {args.tiny_vae!r}.")
     teacher = args.load_teacher()
     if args.gan_weight and not teacher.takes_prompts:
         samples = load_images(args.dataset)
     else:
         pairs = args.pairs if args.regression_weight else None
         samples = args.load_samples(teacher, images=bool(args.gan_weight), pairs=pairs)
+    distance = args.regression_loss
+    if args.regression_weight:
+        distance = args.model_distance(teacher, distance, "regression_loss")
     distiller = DMD(
         args.guided(teacher),
         start_ratio=args.start_ratio,
         level_ratios=args.level_ratios,
         matching_weight=args.matching_weight,
         regression_weight=args.regression_weight,
-        regression_loss=args.model_distance(teacher, args.regression_loss, "regression_loss"),
+        regression_loss=distance,
         gan_weight=args.gan_weight,
         gan_critic_weight=args.gan_critic_weight,
         fake_score_updates=args.fake_score_updates,

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from diffusers_onestep import PID
 from diffusers_onestep.arguments import run_script
 from diffusers_onestep.data import Batches
-from diffusers_onestep.distillation import StudentArguments, train_student
+from diffusers_onestep.distillation import DistanceArguments, train_student
 from diffusers_onestep.presets import PID_PRESETS
 
 
 @dataclass
-class PIDArguments(StudentArguments):
+class PIDArguments(DistanceArguments):
     num_points: int = field(default=250, metadata={"help": "N of the time grid; paper: 250."})
     rule: str = field(default="first", metadata={"help": "Derivative in time: first, second or exact."})
     distance: str = field(
