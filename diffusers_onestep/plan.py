@@ -53,14 +53,17 @@ class PlanArguments(DistillationArguments):
     method: str = field(default="sid", metadata={"help": "sid or dmd."})
     resolution: int | None = field(default=None, metadata={"help": "Pixels on a side; default: the teacher's own."})
     sequential: bool = field(default=False, metadata={"help": "Of SiD: one score network's activations at a time."})
+    kappas: list[float] | None = field(default=None, metadata={"help": "Of SiD: its long and short guidance."})
+    gan_weight: float = field(default=0.0, metadata={"help": "Of DMD: not 0 for DMD2's GAN branch."})
     device: str = field(default="cuda", metadata={"help": "cuda or cpu: where the step is to run."})
 
     def __post_init__(self):
         super().__post_init__()
         if self.method not in METHODS:
             raise ValueError(f"`method` must be one of {sorted(METHODS)}, but is {self.method!r}.")
-        if self.sequential and self.method != "sid":
-            raise ValueError(f"`sequential` must be off with method {self.method!r}: it is SiD's.")
+        for name, method in (("sequential", "sid"), ("kappas", "sid"), ("gan_weight", "dmd")):
+            if getattr(self, name) and self.method != method:
+                raise ValueError(f"`{name}` must be off with method {self.method!r}: it is a flag of {method!r}.")
 
 
 @dataclass
@@ -176,29 +179,39 @@ def plan_step(network_config: dict, scheduler: Any, args: PlanArguments, vae_sca
         network = network_from_config(network_config).requires_grad_(False)
     schedule = NoiseSchedule.from_scheduler(scheduler)
     teacher: Denoiser | GuidedDenoiser = Denoiser(network, schedule, prediction_type_of(scheduler, schedule))
-    cond = example_cond(network, args.train_batch_size)
-    if args.guidance_scale != 1.0:
-        teacher = GuidedDenoiser(teacher, args.guidance_scale, {k: v[:1] for k, v in cond.items()})
+    batch = {"batch_size": args.train_batch_size, "cond": example_cond(network, args.train_batch_size)}
+    teacher = GuidedDenoiser(teacher, args.guidance_scale, {k: v[:1] for k, v in batch["cond"].items()})
+    sample_shape = latent_shape(network, args.resolution, vae_scale)
+    options: dict[str, Any] = {"kappas": args.kappas, "sequential": args.sequential}
+    if args.method == "dmd":
+        options = {"gan_weight": args.gan_weight}
+        batch["x0"] = torch.zeros(args.train_batch_size, *sample_shape)
     distiller = METHODS[args.method](
         teacher,
         start_ratio=args.start_ratio,
         student_timesteps=args.student_timesteps,
         fake_score_updates=args.fake_score_updates,
-        sample_shape=latent_shape(network, args.resolution, vae_scale),
+        sample_shape=sample_shape,
         lora=args.lora_config(),
-        **({"sequential": True} if args.sequential else {}),
+        **options,
     )
     if args.teacher_dtype:
         teacher.to(DTYPES[args.teacher_dtype])
-    without_data([distiller.teacher, distiller.student, distiller.fake_score])
+    without_data(networks_of(distiller))
     for denoiser in (distiller.teacher, distiller.student, distiller.fake_score):
         configure_networks(denoiser, DTYPES.get(args.mixed_precision), args.gradient_checkpointing)
-    return measure(distiller, {"batch_size": args.train_batch_size, "cond": cond}, args)
+    return measure(distiller, batch, args)
+
+
+def networks_of(distiller: ScoreDistiller) -> list[nn.Module]:
+    """All networks of a method, the GAN's head among them."""
+    heads = [distiller.head] if getattr(distiller, "head", None) is not None else []
+    return [distiller.teacher, distiller.student, distiller.fake_score, *heads]
 
 
 def measure(distiller: ScoreDistiller, batch: dict, args: PlanArguments) -> Plan:
     """Run a step of a distiller, whose weights may be without data."""
-    networks = (distiller.teacher, distiller.student, distiller.fake_score)
+    networks = networks_of(distiller)
     parts = {name: list(part.parameters()) for name, part in distiller.trainable.items()}
     meter, optimizers = MemoryMeter(), {}
     meter.leave_out(tensor for network in networks for tensor in (*network.parameters(), *network.buffers()))

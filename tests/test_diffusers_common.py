@@ -1,4 +1,5 @@
-"""diffusers' own common tests, on our schedulers and on `OneStepPipeline`.
+"""diffusers' own common tests, on our schedulers, on `OneStepPipeline` and on the students of every kind of
+text-to-image teacher.
 
 They are not in diffusers' wheel, so they run where a checkout of diffusers is given:
 
@@ -7,17 +8,21 @@ They are not in diffusers' wheel, so they run where a checkout of diffusers is g
 """
 
 import importlib
+import inspect
 import os
 import sys
 from unittest import mock
 
 import pytest
+import torch
 from conftest import tiny_unet
 from diffusers import DDPMScheduler
 from diffusers.utils import is_torchsde_available
+from families import CALLS, tiny_pipeline
 from test_d_ode import build, table
 
-from diffusers_onestep import OneStepPipeline, OneStepScheduler
+from diffusers_onestep import OneStepPipeline, OneStepScheduler, Teacher
+from diffusers_onestep.pipelines import pipeline_text_to_image as students
 from diffusers_onestep.schedulers import student_scheduler
 
 CHECKOUT = os.environ.get("DIFFUSERS_CHECKOUT")
@@ -196,3 +201,85 @@ class TestClassConditionalPipeline(Pipeline):
     batch_input_params = params.CLASS_CONDITIONED_IMAGE_GENERATION_BATCH_PARAMS
     classes = 3
     inputs = {"class_labels": 1}
+
+
+# students of text-to-image teachers
+
+
+class TextToImage(Pipeline):
+    required_input_params_in_call_signature = frozenset(["prompt", "height", "width", "guidance_scale"])
+    batch_input_params = frozenset(["prompt"])
+    output_shape = (3, 16, 16)
+    family, cls, timestep = "sd", students.OneStepStableDiffusionPipeline, 999
+
+    @property
+    def pipeline_class(self):
+        return self.cls
+
+    @property
+    def side(self):
+        return self.output_shape[-1]
+
+    def get_dummy_components(self):
+        pipeline = tiny_pipeline(self.family)
+        network = getattr(pipeline, "unet", None) or pipeline.transformer
+        made = Teacher(pipeline, resolution=self.side).student_pipeline(
+            network, student_timesteps=[self.timestep], init_noise_sigma=1.0
+        )
+        names = inspect.signature(self.cls.__init__).parameters
+        settings = {k: v for k, v in made.config.items() if k in names and k not in made.components}
+        return dict(made.components) | {k: v for k, v in settings.items() if k in self.settings}
+
+    settings = ()
+
+    def get_dummy_inputs(self):
+        size = {"height": self.side, "width": self.side} | CALLS.get(self.family, {})
+        given = {"prompt": "a cat", "generator": self.get_generator(0), "num_inference_steps": 1}
+        return given | {"output_type": "pt"} | size
+
+    def test_encode_prompt_works_in_isolation(self, base_pipe_output):
+        """What the encoders make of a prompt, given to a pipeline that has none, gives the same image."""
+        pipe = self.get_pipeline()
+        known = inspect.signature(pipe.encode_prompt).parameters
+        given = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        given |= {"clean_caption": False, "prompt_2": None, "prompt_3": None} | self.encoding
+        encoded = pipe.encode_prompt("a cat", **{k: v for k, v in given.items() if k in known})
+        embeddings = dict(zip(self.embeddings, encoded, strict=False))
+        for name in [name for name in pipe.components if name.startswith(("text_encoder", "tokenizer"))]:
+            setattr(pipe, name, None)
+        image = self.run_pipe(pipe, prompt=None, **{k: v for k, v in embeddings.items() if k is not None})
+        torch.testing.assert_close(image, base_pipe_output, rtol=1e-4, atol=1e-4)
+
+    embeddings: tuple = ("prompt_embeds",)
+    encoding: dict = {}
+
+
+class TestStableDiffusion(TextToImage):
+    settings = ("requires_safety_checker",)
+
+
+class TestStableDiffusionXL(TextToImage):
+    family, cls = "sdxl", students.OneStepStableDiffusionXLPipeline
+    embeddings = ("prompt_embeds", None, "pooled_prompt_embeds")
+
+
+class TestStableDiffusion3(TextToImage):
+    family, cls, timestep = "sd3", students.OneStepStableDiffusion3Pipeline, 1000.0
+    embeddings = ("prompt_embeds", None, "pooled_prompt_embeds")
+
+
+class TestFlux(TextToImage):
+    family, cls, timestep = "flux", students.OneStepFluxPipeline, 1000.0
+    settings = ("embedded_guidance", "default_sample_size")
+    embeddings = ("prompt_embeds", "pooled_prompt_embeds")
+
+
+class TestPixArtAlpha(TextToImage):
+    family, cls = "pixart", students.OneStepPixArtAlphaPipeline
+    embeddings = ("prompt_embeds", "prompt_attention_mask")
+
+
+class TestSana(TextToImage):
+    family, cls, timestep = "sana", students.OneStepSanaPipeline, 1000.0
+    output_shape = (3, 32, 32)
+    embeddings = ("prompt_embeds", "prompt_attention_mask")

@@ -1,5 +1,6 @@
 """`onestep plan` against the steps that it foretells."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -9,13 +10,15 @@ import sys
 import pytest
 import torch
 import yaml
+from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT, tiny_unet
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from hub_server import LocalHub
 
-from diffusers_onestep import DMD, Denoiser, SiD, VPSchedule
+from diffusers_onestep import DMD, Denoiser, GuidedDenoiser, SiD, VPSchedule
 from diffusers_onestep.cli import main
+from diffusers_onestep.methods.dmd import GANHead
 from diffusers_onestep.plan import MemoryMeter, PlanArguments, example_cond, measure, plan, plan_step
 from diffusers_onestep.trainer import checkpoint_gradients
 
@@ -42,12 +45,13 @@ def real_step(args, **options):
     """The same step with data, under the same meter."""
     network = UNet2DConditionModel.from_config(CONFIG).requires_grad_(False).eval()
     denoiser = Denoiser(network, VPSchedule(SCHEDULER.alphas_cumprod), "epsilon")
-    method = {"sid": SiD, "dmd": DMD}[args.method]
-    distiller = method(denoiser, lora=args.lora_config(), fake_score_updates=args.fake_score_updates, **options)
+    method, cond = {"sid": SiD, "dmd": DMD}[args.method], example_cond(network, 2)
+    teacher = GuidedDenoiser(denoiser, args.guidance_scale, {k: v[:1] for k, v in cond.items()})
+    distiller = method(teacher, lora=args.lora_config(), fake_score_updates=args.fake_score_updates, **options)
     if args.gradient_checkpointing:
         for part in (distiller.teacher, distiller.student, distiller.fake_score):
             checkpoint_gradients(part.network)
-    return measure(distiller, {"batch_size": 2, "cond": example_cond(network, 2)}, args)
+    return measure(distiller, {"batch_size": 2, "cond": cond, "x0": torch.zeros(2, 4, 16, 16)}, args)
 
 
 @pytest.mark.parametrize(
@@ -57,12 +61,14 @@ def real_step(args, **options):
         {"sequential": True},
         {"lora_rank": 4, "ema_halflife_kimg": 1.0},
         {"method": "dmd", "fake_score_updates": 2, "gradient_checkpointing": True},
+        {"method": "dmd", "gan_weight": 1e-3, "guidance_scale": 3.0},
+        {"kappas": [1.5], "gradient_checkpointing": True},
     ],
 )
 def test_a_step_without_data_needs_what_a_real_one_does(flags):
     args = arguments(**flags)
     planned = plan_step(CONFIG, SCHEDULER, args)
-    real = real_step(args, **({"sequential": True} if args.sequential else {}))
+    real = real_step(args, **{k: flags[k] for k in ("sequential", "kappas", "gan_weight") if k in flags})
     assert planned.parameters == real.parameters
     assert planned.flops == real.flops > 0
     for purpose in ("weights, frozen", "weights, trained", "optimizer", "EMA"):
@@ -92,6 +98,17 @@ def _queries():
     return [(name, p) for name, p in network.named_parameters() if name.endswith("to_q.weight")]
 
 
+def test_the_head_of_the_gan_is_counted():
+    plain, gan = (plan_step(CONFIG, SCHEDULER, arguments(method="dmd", gan_weight=w)) for w in (0.0, 1e-3))
+    head = sum(p.numel() for p in GANHead(64, 8).parameters())
+    added = {name: gan.parameters[name] - plain.parameters[name] for name in plain.parameters}
+    assert added == {"teacher": 0, "student, trained": 0, "fake score, trained": head}
+    assert gan.memory["weights, trained"] == plain.memory["weights, trained"] + 4 * head
+    assert gan.memory["optimizer"] == pytest.approx(plain.memory["optimizer"] + 8 * head, abs=4096)
+    # one fake-score evaluation more in the student's step, with a gradient back, and two in its own
+    assert gan.flops > 1.3 * plain.flops
+
+
 def test_what_saves_memory_saves_memory():
     def activations(**flags):
         return plan_step(CONFIG, SCHEDULER, arguments(**flags)).memory["activations and temporaries"]
@@ -106,6 +123,13 @@ def test_what_saves_memory_saves_memory():
 def test_guidance_and_attention_are_counted():
     plain, guided = (plan_step(CONFIG, SCHEDULER, arguments(method="dmd", guidance_scale=g)) for g in (1.0, 3.0))
     assert guided.flops > 1.1 * plain.flops  # one more evaluation of eight
+    unit = plan_step(CONFIG, SCHEDULER, arguments()).flops / 11  # SiD: 7 F of the student's step, 4 F of the other
+    assert plan_step(CONFIG, SCHEDULER, arguments(kappas=[1.0])).flops == pytest.approx(11 * unit, rel=1e-6)
+    # of an evaluation that is guided twice the samples: two of the student's step that hand on a gradient (1 F and
+    # 1 F back), and one of the fake score's that learns (1 F and 2 F)
+    for kappas, more in ([1, 1, 1, 2.0], 2), ([1, 2, 2, 2.0], 4), ([2.0], 7):
+        flops = plan_step(CONFIG, SCHEDULER, arguments(kappas=kappas)).flops
+        assert flops == pytest.approx((11 + more) * unit, rel=0.05), kappas
     q = torch.randn(1, 2, 8, 4, requires_grad=True)
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -181,8 +205,11 @@ def test_resolution_counts_in_latents(configs_only):
 def test_bad_flags_are_refused(configs_only):
     with pytest.raises(ValueError, match=r"`method` must be one of"):
         arguments(method="pid")
-    with pytest.raises(ValueError, match=r"`sequential` must be off"):
-        arguments(method="dmd", sequential=True)
+    for wrong in ({"sequential": True}, {"kappas": [1.5]}):
+        with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` must be off with method 'dmd'"):
+            arguments(method="dmd", **wrong)
+    with pytest.raises(ValueError, match="`gan_weight` must be off with method 'sid'"):
+        arguments(gan_weight=1e-3)
     with pytest.raises(ValueError, match=r"`lora_rank` must be given"):
         arguments(lora_alpha=2.0)
     with pytest.raises(ValueError, match=r"`lora_rank` must be at least 1"):
@@ -197,4 +224,8 @@ def test_bad_flags_are_refused(configs_only):
 def test_launcher_configs_are_accelerates(path):
     config = load_config_from_file(str(path))  # an unknown key is an error
     assert config.num_processes == yaml.safe_load(path.read_text())["num_processes"]
-    assert str(config.distributed_type.value) in ("NO", "MULTI_GPU")
+    assert str(config.distributed_type.value) in ("NO", "MULTI_GPU", "FSDP")
+    if path.stem == "fsdp2":  # what the launcher hands on is what the plugin reads
+        known = {field.name for field in dataclasses.fields(FullyShardedDataParallelPlugin)}
+        assert {name.removeprefix("fsdp_") for name in config.fsdp_config} - {"offload_params"} <= known
+        assert config.fsdp_config["fsdp_version"] == 2

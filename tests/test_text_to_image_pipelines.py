@@ -8,7 +8,8 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from families import tiny_pipeline
+from accelerate import cpu_offload, cpu_offload_with_hook
+from families import CALLS, tiny_pipeline
 from hub_server import LocalHub
 
 from diffusers_onestep import DistilledDDIMScheduler, OneStepPipeline, Teacher
@@ -115,10 +116,90 @@ def test_flow_students_that_no_stock_call_can_start_are_refused():
         student("sd3", [714.0], sigma=0.714)
 
 
-def test_odd_captions_give_an_image():
-    for pipeline in (student(), student("sdxl")):
-        for prompt in ("", "a" * 10_000, "🦊🎈", "قطة حمراء"):
-            assert np.isfinite(image(pipeline, prompt)).all()
+ALL = ["sd", "sdxl", "sd3", "flux", "pixart", "sana"]
+
+
+def of_family(family):
+    """A one-step student with what its stock call needs, but for the size."""
+    pipeline = student(family, [1000.0] if family in ("sd3", "flux", "sana") else [999])
+    return pipeline, {k: v for k, v in CALLS.get(family, {}).items() if k not in ("height", "width")}
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_odd_captions_and_rectangles_give_an_image(family):
+    pipeline, call = of_family(family)
+    side = 32 if family == "sana" else 16
+    for prompt in ("", "a" * 10_000, "🦊🎈", "قطة حمراء", "\x00\n\t"):
+        assert np.isfinite(image(pipeline, prompt, height=side, width=side, **call)).all()
+    assert image(pipeline, height=side, width=2 * side, **call).shape == (1, side, 2 * side, 3)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_a_rectangular_call_is_the_denoiser_of_training(family):
+    """A teacher of that size gives the network the same positions, sizes and guidance."""
+    pipeline, call = of_family(family)
+    height, width = (64, 32) if family == "sana" else (32, 16)
+    teacher = Teacher(pipeline, resolution=(height, width))
+    noise = torch.randn(1, *teacher.sample_shape, generator=seeded())
+    x0 = pipeline("a cat", **teacher.family.start(pipeline, noise), output_type="latent", **call).images
+    if family == "flux":
+        x0 = pipeline._unpack_latents(x0, height, width, 2)
+    t = torch.full((1,), 1000.0 if family in ("sd3", "flux", "sana") else 999)
+    with torch.no_grad():
+        expected = teacher.denoiser(noise, t, teacher.encode(["a cat"]))
+    torch.testing.assert_close(x0, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+def test_ip_adapter():
+    pipeline = student()
+    base, width = image(pipeline), 16
+    torch.manual_seed(1)
+    names = [name for name in pipeline.unet.attn_processors if "attn2" in name]
+    layers = {}
+    for number, name in enumerate(names):
+        to_k = pipeline.unet.get_submodule(name.removesuffix(".processor")).to_k
+        for part in ("to_k_ip", "to_v_ip"):
+            layers[f"{2 * number + 1}.{part}.weight"] = 0.3 * torch.randn(to_k.out_features, width)
+    project = torch.nn.Linear(8, 4 * width)
+    norm = {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+    weights = {f"proj.{k}": v for k, v in project.state_dict().items()} | norm
+    adapter = {"image_proj": weights, "ip_adapter": layers}
+    pipeline.load_ip_adapter(adapter, subfolder="", weight_name=None, image_encoder_folder=None)
+    pipeline.set_ip_adapter_scale(1.0)
+    one, other = (image(pipeline, ip_adapter_image_embeds=[torch.randn(1, 1, 8)]) for _ in range(2))
+    assert not np.allclose(one, other, atol=1e-4) and not np.allclose(one, base, atol=1e-4)
+    pipeline.unload_ip_adapter()
+    assert np.allclose(image(pipeline), base, atol=1e-5)
+
+
+def test_parts_wait_off_their_device():
+    """On a GPU `enable_model_cpu_offload` does it by the same hooks; it refuses a machine without one."""
+    pipeline = student()
+    base = image(pipeline)
+    with pytest.raises((RuntimeError, ValueError), match="accelerator"):
+        pipeline.enable_model_cpu_offload()
+    pipeline.unet.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    assert np.array_equal(image(pipeline), base)
+    pipeline = student()
+    cpu_offload(pipeline.unet, torch.device("cpu"))  # as `enable_sequential_cpu_offload` does
+    assert np.array_equal(image(pipeline), base)
+    pipeline = student()
+    for part in (pipeline.text_encoder, pipeline.unet, pipeline.vae):  # as `enable_model_cpu_offload` does
+        cpu_offload_with_hook(part, torch.device("cpu"))
+    assert np.array_equal(image(pipeline), base)
+
+
+def test_weights_in_eight_bits(tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+    student().save_pretrained(tmp_path)
+    base = image(OneStepPipeline.from_pretrained(tmp_path))
+    how = diffusers.TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    config = diffusers.PipelineQuantizationConfig(quant_mapping={"unet": how})
+    pipeline = OneStepPipeline.from_pretrained(tmp_path, quantization_config=config)
+    kinds = {type(module.weight).__name__ for module in pipeline.unet.modules() if isinstance(module, torch.nn.Linear)}
+    assert any("Int8" in kind or "Quantized" in kind for kind in kinds)
+    found = image(pipeline)
+    assert not np.array_equal(found, base) and np.abs(found - base).max() < 0.1
 
 
 def test_stock_features():
@@ -178,6 +259,8 @@ def test_image_to_image_with_a_few_step_student():
     settings = {"strength": 0.5, "num_inference_steps": 4, "guidance_scale": 1.0, "generator": seeded()}
     result = other("a cat", image=start, output_type="np", **settings).images
     assert len(calls) == 2 and np.isfinite(result).all()
+    wide = torch.rand(1, 3, 16, 32, generator=seeded())
+    assert other("a cat", image=wide, output_type="np", **settings).images.shape == (1, 16, 32, 3)
 
 
 def test_compiled_without_graph_breaks():
