@@ -184,7 +184,7 @@ def plan_step(network_config: dict, scheduler: Any, args: PlanArguments, vae_sca
     sample_shape = latent_shape(network, args.resolution, vae_scale)
     options: dict[str, Any] = {"kappas": args.kappas, "sequential": args.sequential}
     if args.method == "dmd":
-        options = {"gan_weight": args.gan_weight}
+        options = {}
         batch["x0"] = torch.zeros(args.train_batch_size, *sample_shape)
     distiller = METHODS[args.method](
         teacher,
@@ -198,6 +198,10 @@ def plan_step(network_config: dict, scheduler: Any, args: PlanArguments, vae_sca
     if args.teacher_dtype:
         teacher.to(DTYPES[args.teacher_dtype])
     without_data(networks_of(distiller))
+    if args.gan_weight:  # its size is found by a call
+        distiller.gan_weight = args.gan_weight
+        distiller.add_head()
+        without_data([distiller.head.to("meta")])
     for denoiser in (distiller.teacher, distiller.student, distiller.fake_score):
         configure_networks(denoiser, DTYPES.get(args.mixed_precision), args.gradient_checkpointing)
     return measure(distiller, batch, args)

@@ -179,10 +179,14 @@ class DMD(ScoreDistiller):
         if regression_weight:
             named = isinstance(regression_loss, str)
             self._distance = image_distance(regression_loss, "regression_loss") if named else regression_loss
-        self.head = None
+        self.head: GANHead | None = None
         if gan_weight:
-            self._bottleneck = Bottleneck(self.fake_score.network, self.sample_shape[1] / self.sample_shape[2])
-            self.head = GANHead(*self._bottleneck_shape())
+            self.add_head()
+
+    def add_head(self) -> None:
+        """Make the GAN's head, as wide as the features in the middle of the fake score."""
+        self._bottleneck = Bottleneck(self.fake_score.network, self.sample_shape[1] / self.sample_shape[2])
+        self.head = GANHead(*self._bottleneck_shape())
 
     @property
     def trainable(self):
