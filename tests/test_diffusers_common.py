@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import tiny_unet
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, SanaPipeline
 from diffusers.utils import is_torchsde_available
 from families import CALLS, tiny_pipeline
 from test_d_ode import build, table
@@ -237,18 +237,27 @@ class TextToImage(Pipeline):
         given = {"prompt": "a cat", "generator": self.get_generator(0), "num_inference_steps": 1}
         return given | {"output_type": "pt"} | size
 
-    def test_encode_prompt_works_in_isolation(self, base_pipe_output):
-        """What the encoders make of a prompt, given to a pipeline that has none, gives the same image."""
+    def encoded(self):
+        """The prompt as its encoders make it."""
         pipe = self.get_pipeline()
         known = inspect.signature(pipe.encode_prompt).parameters
         given = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
         given |= {"clean_caption": False, "prompt_2": None, "prompt_3": None} | self.encoding
         encoded = pipe.encode_prompt("a cat", **{k: v for k, v in given.items() if k in known})
-        embeddings = dict(zip(self.embeddings, encoded, strict=False))
+        return {k: v for k, v in zip(self.embeddings, encoded, strict=False) if k is not None} | {"prompt": None}
+
+    def test_encode_prompt_works_in_isolation(self, base_pipe_output):
+        """What the encoders make of a prompt, given to a pipeline that has none, gives the same image."""
+        pipe = self.get_pipeline()
         for name in [name for name in pipe.components if name.startswith(("text_encoder", "tokenizer"))]:
             setattr(pipe, name, None)
-        image = self.run_pipe(pipe, prompt=None, **{k: v for k, v in embeddings.items() if k is not None})
-        torch.testing.assert_close(image, base_pipe_output, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(self.run_pipe(pipe, **self.encoded()), base_pipe_output, rtol=1e-4, atol=1e-4)
+
+    def test_save_load_optional_components(self, tmp_path):
+        """From embeddings, as diffusers' own tests have it where text encoders are among them."""
+        inputs = self.get_dummy_inputs() | self.encoded()
+        with mock.patch.object(self, "get_dummy_inputs", lambda: inputs | {"generator": self.get_generator(0)}):
+            super().test_save_load_optional_components(tmp_path)
 
     embeddings: tuple = ("prompt_embeds",)
     encoding: dict = {}
@@ -283,3 +292,5 @@ class TestSana(TextToImage):
     family, cls, timestep = "sana", students.OneStepSanaPipeline, 1000.0
     output_shape = (3, 32, 32)
     embeddings = ("prompt_embeds", "prompt_attention_mask")
+    instruction = "complex_human_instruction"  # which the call puts before a prompt
+    encoding = {instruction: inspect.signature(SanaPipeline.__call__).parameters[instruction].default}

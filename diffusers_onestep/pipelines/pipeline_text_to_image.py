@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from diffusers import (
     DiffusionPipeline,
     FluxPipeline,
@@ -90,9 +91,9 @@ class OneStepTextToImageMixin:
         given["guidance_scale"] = own
         if given.get("true_cfg_scale", 1.0) > 1.0:
             raise ValueError(f"`true_cfg_scale` must be 1.0 (off) on a student, but is {given['true_cfg_scale']}.")
-        for name, value in given.items():
-            blank = value is None or (isinstance(value, (str, list)) and not any(value))
-            if name.startswith("negative_prompt") and not blank:
+        for name in [name for name in given if name.startswith("negative_prompt")]:
+            value = given[name]
+            if value is not None and (isinstance(value, torch.Tensor) or any(value)):
                 raise ValueError(f"`{name}` must be None on a student, which has no guidance to use it with.")
 
     def own_guidance(self) -> float:
