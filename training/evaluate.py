@@ -157,9 +157,9 @@ def main(args: EvaluateArguments) -> None:
         )
         model_guidance(teacher.pipeline, args.embedded_guidance)
     students = [OneStepPipeline.from_pretrained(path).to(state.device) for path in args.model]
+    fed = [model_guidance(pipeline, args.embedded_guidance) for pipeline in students]
     for pipeline in students:
         sample_shape(pipeline, args.resolution)  # a size that it can not have is an error now
-    fed = [model_guidance(pipeline, args.embedded_guidance) for pipeline in students]
     for steps in sorted(args.teacher_steps if teacher else [], reverse=True):
         own = {"num_inference_steps": steps, "guidance_scale": args.guidance_scale}
         samples = sample(teacher, name="teacher", **own)
