@@ -47,6 +47,7 @@ class Sharding:
         self.settings = {"mesh": self.mesh, "offload_policy": plugin.cpu_offload}
         self.reshard_after_forward = plugin.reshard_after_forward
         self.dtype = autocast_dtype
+        self.networks: list[Any] = []
 
     @classmethod
     def of(cls, accelerator: Accelerator) -> "Sharding | None":
@@ -75,6 +76,13 @@ class Sharding:
             fully_shard(block, mp_policy=policy, reshard_after_forward=self.reshard_after_forward, **self.settings)
         # what is left stays in one piece until the backward pass, which may come in through inner features (GAN)
         fully_shard(network, mp_policy=policy, reshard_after_forward=False, **self.settings)
+        self.networks.append(network)
+
+    def reshard(self) -> None:
+        """Let go of what is in one piece since a call without a backward pass: it does not follow when weights
+        change."""
+        for network in self.networks:
+            network.reshard()
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

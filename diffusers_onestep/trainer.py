@@ -409,6 +409,8 @@ class Trainer:
             self.fail(name, norm, "gradient norm")
         self.gradient_norms[name] = norm.detach()
         optimizer.step()
+        if self.sharding:
+            self.sharding.reshard()
         for other in self.optimizers.values():
             other.zero_grad()
         if self._teacher_hook:
@@ -650,6 +652,8 @@ class Trainer:
         network = self.distiller.student.network
         was_training = network.training
         network.eval()
+        if self.sharding:
+            self.sharding.reshard()
         try:
             if self.ema is None:
                 yield
@@ -658,6 +662,8 @@ class Trainer:
                     yield
         finally:
             network.train(was_training)
+            if self.sharding:
+                self.sharding.reshard()
 
     def write_samples(self) -> None:
         main = self.accelerator.is_main_process

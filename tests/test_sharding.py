@@ -50,9 +50,11 @@ def run(method, folder, **other):
         distiller, more = SiD(teacher, kappas=1.5, sequential=True), {"ema_halflife_kimg": 0.01}
     else:
         distiller = DMD(teacher.guided(2.0), gan_weight=1e-3, fake_score_updates=2, sample_shape=teacher.sample_shape)
-        # rounding must not become full steps
-        distiller.origin, more = teacher, {"gradient_checkpointing": True}
+        distiller.origin = teacher
+        # with averages, which leave the network and come back between two steps
+        more = {"gradient_checkpointing": True, "validation_steps": 1, "ema_halflife_kimg": 0.01}
     settings = {"train_batch_size": 2, "global_batch_size": 4, "max_train_steps": 2, "learning_rate": 1e-3}
+    # an epsilon far above the gradients' noise, or Adam turns rounding into full steps
     settings |= {"adam_epsilon": 1.0, "checkpointing_steps": 1, "logging_steps": 1} | more
     args = TrainArguments(output_dir=str(folder), **settings | other)
     train(distiller, Batches(Pictures(teacher), 2), args)
