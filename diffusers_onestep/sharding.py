@@ -124,9 +124,9 @@ def load_part(network: nn.Module, optimizer: torch.optim.Optimizer, path: Path) 
         for name, tensor in network.state_dict().items():
             restore(tensor, file.get_tensor(f"network.{name}"))
         parameters = _parameters(optimizer)
-        for name in file.keys():
-            kind, number, part = name.split(".", 2)
-            if kind == "optimizer":
+        for name in sorted(file.keys()):
+            if name.startswith("optimizer."):
+                _, number, part = name.split(".")
                 parameter = parameters[int(number)]
                 optimizer.state[parameter][part] = _like(parameter, file.get_tensor(name))
 
