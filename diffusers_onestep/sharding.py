@@ -123,14 +123,12 @@ def load_part(network: nn.Module, optimizer: torch.optim.Optimizer, path: Path) 
     with safe_open(path, "pt") as file:
         for name, tensor in network.state_dict().items():
             restore(tensor, file.get_tensor(f"network.{name}"))
-        names = set(file.keys())
-        for number, parameter in enumerate(_parameters(optimizer)):
-            prefix = f"optimizer.{number}."
-            optimizer.state[parameter] = {
-                name.removeprefix(prefix): _like(parameter, file.get_tensor(name))
-                for name in names
-                if name.startswith(prefix)
-            }
+        parameters = _parameters(optimizer)
+        for name in sorted(file.keys()):
+            if name.startswith("optimizer."):
+                _, number, part = name.split(".")
+                parameter = parameters[int(number)]
+                optimizer.state[parameter][part] = _like(parameter, file.get_tensor(name))
 
 
 @torch.no_grad()
@@ -154,4 +152,5 @@ def _like(tensor: Any, value: torch.Tensor) -> torch.Tensor:
     """`value`, spread as `tensor` is if it is as large."""
     if not isinstance(tensor, DTensor) or value.shape != tensor.shape:
         return value
-    return distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
+    # every rank has read it: nothing is sent
+    return distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
