@@ -129,6 +129,7 @@ def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str
     notes, notice = folder / "notes.md", folder / "NOTICE"
     own = [row for row in rows if row.model == _own_name(rows, kind)]
     teacher = run.get("teacher")
+    prompts = "text_encoder" in index or bool(settings.get("prompts"))
     return {
         "source": _arguments(name, revision),
         "stock_source": _arguments(name, revision, stock=True),
@@ -141,9 +142,9 @@ def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str
         "whole": bool(parts),
         "stock": index.get("_class_name") != "OneStepPipeline"
         and {entry[0] for entry in parts.values()} <= {"diffusers", "transformers"},
-        "lora": (folder / LORA_WEIGHTS).is_file() and teacher is not None,
         "labels": json.dumps([next(iter(names.values()), 0)]) if count else None,
-        "prompts": "text_encoder" in index or bool(settings.get("prompts")),
+        "prompts": prompts,
+        "lora": prompts and teacher is not None and (folder / LORA_WEIGHTS).is_file(),  # others load no adapters
         "guidance_scale": run.get("guidance_scale") or settings.get("guidance_scale", 1.0),
         "teacher": teacher,
         "teacher_source": teacher and _arguments(teacher, run.get("revision"), stock=True),
