@@ -175,7 +175,13 @@ def parse_args(
     if known.config is not None:
         if not known.config.is_file():
             sources.error(f"`config` must be a YAML or JSON file, but {str(known.config)!r} does not exist.")
-        values |= yaml.safe_load(known.config.read_text()) or {}  # JSON is YAML too
+        try:
+            written = yaml.safe_load(known.config.read_text()) or {}  # JSON is YAML too
+        except yaml.YAMLError as error:
+            sources.error(f"`config` must be a YAML or JSON file, but {str(known.config)!r} is not: {error}")
+        if not isinstance(written, dict):
+            sources.error(f"`config` must hold flags and their values, but {str(known.config)!r} does not.")
+        values |= written
         if nested := values.keys() & {"config", "preset"}:
             sources.error(f"`config` must not name {sorted(nested)}: give them on the command line.")
     parser = HfArgumentParser(arguments_class, prog=program, parents=[sources], allow_abbrev=False)

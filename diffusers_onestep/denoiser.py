@@ -141,6 +141,7 @@ class Denoiser(nn.Module):
         self.schedule = schedule
         self.prediction_type = prediction_type
         self.autocast_dtype: torch.dtype | None = None  # set by the trainer for mixed precision
+        self.input_dtype: torch.dtype | None = None  # and this where the network's own does not stay
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: Cond | None = None) -> torch.Tensor:
         """Predicted `x0`, shape and dtype of `x_t` `(B, C, H, W)`, at timesteps `t` `(B,)`."""
@@ -157,7 +158,8 @@ class Denoiser(nn.Module):
     ) -> torch.Tensor:
         """The network on an input that is scaled already, as a diffusers scheduler hands it out; dtype of `sample`.
         `all_channels` keeps a learned variance."""
-        dtype = next((p.dtype for p in self.network.parameters() if p.is_floating_point()), sample.dtype)
+        own = (p.dtype for p in self.network.parameters() if p.is_floating_point())
+        dtype = self.input_dtype or next(own, sample.dtype)
         kwargs: dict[str, Any] = {k: v.to(dtype) if v.is_floating_point() else v for k, v in (cond or {}).items()}
         t = self.schedule.network_timestep(t.to(sample.device).expand(sample.shape[0]))
         # one autocast region per call: a longer one would hand weights cast under no_grad to a call that needs

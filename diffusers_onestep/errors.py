@@ -11,11 +11,12 @@ PACKAGE = Path(__file__).resolve().parent
 
 @contextmanager
 def input_errors(program: str) -> Iterator[None]:
-    """End `program` with one message and status 2 on a `ValueError` or `OSError` that a `raise` of this package (or of
-    the scripts beside the one that runs) states. All others are somebody's bug and keep their traceback."""
+    """End `program` with one message and status 2 on a `ValueError`, `OSError` or `RuntimeError` that a `raise` of
+    this package (or of the scripts beside the one that runs) states. All others are somebody's bug and keep their
+    traceback."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         innermost = traceback.extract_tb(error.__traceback__)[-1]
         file = Path(innermost.filename).resolve()
         script = getattr(sys.modules["__main__"], "__file__", None)

@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import DistributedType, parse_flag_from_env
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from .arguments import DTYPES
 
 
 class Sharding:
@@ -27,8 +29,8 @@ class Sharding:
     Args:
         accelerator (`Accelerator`): whose ranks and devices they are.
         plugin (`FullyShardedDataParallelPlugin`): Accelerate's settings, of which `reshard_after_forward`,
-            `cpu_offload` and `transformer_cls_names_to_wrap` are followed; without the last, a network's own
-            `_no_split_modules` are its blocks.
+            and `transformer_cls_names_to_wrap` are followed; without the latter, a network's own `_no_split_modules`
+            are its blocks.
         autocast_dtype (`torch.dtype`, *optional*): in which trained weights travel; gradients travel in float32.
     """
 
@@ -40,24 +42,26 @@ class Sharding:
     ):
         if plugin.fsdp_version != 2:
             raise ValueError(f"`fsdp_version` of the launcher must be 2, but is {plugin.fsdp_version}.")
+        if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+            raise ValueError("`fsdp_offload_params` of the launcher must be false, but is true.")
         if autocast_dtype == torch.float16:
             raise ValueError("`mixed_precision` must be 'no' or 'bf16' with FSDP, but is 'fp16'.")
         self.mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
         self.blocks = plugin.transformer_cls_names_to_wrap
-        self.settings = {"mesh": self.mesh, "offload_policy": plugin.cpu_offload}
         self.reshard_after_forward = plugin.reshard_after_forward
         self.dtype = autocast_dtype
         self.networks: list[Any] = []
 
     @classmethod
     def of(cls, accelerator: Accelerator) -> "Sharding | None":
-        """What the launcher asks for; None without FSDP, or with one process."""
+        """What the launcher asks for; None without FSDP, or with one process on a CPU."""
+        if accelerator.num_processes == 1 and accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError("`num_processes` of the launcher must be 2 or more with FSDP, but is 1.")
         # on CPUs Accelerate makes data parallelism of it, without a word
         if accelerator.num_processes == 1 or not parse_flag_from_env("ACCELERATE_USE_FSDP"):
             return None
         plugin = getattr(accelerator.state, "fsdp_plugin", None) or FullyShardedDataParallelPlugin()
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-        return cls(accelerator, plugin, dtype)
+        return cls(accelerator, plugin, DTYPES.get(accelerator.mixed_precision))
 
     def shard(self, network: nn.Module) -> None:
         """Spread a network in place: its repeated blocks one by one, then what is left."""
@@ -65,6 +69,10 @@ class Sharding:
             for part in network:
                 self.shard(part)
             return
+        if any(p.dim() == 0 for p in network.parameters()):
+            raise ValueError(
+                f"FSDP must have networks without scalar parameters, but {type(network).__name__} has some: use DDP."
+            )
         trained = any(p.requires_grad for p in network.parameters())
         # inputs are cast by autocast, layer by layer: a cast here would round timesteps
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -73,16 +81,18 @@ class Sharding:
         names = set(self.blocks or getattr(network, "_no_split_modules", None) or ())
         blocks = [module for module in network.modules() if type(module).__name__ in names]
         for block in reversed(blocks):  # inner ones first
-            fully_shard(block, mp_policy=policy, reshard_after_forward=self.reshard_after_forward, **self.settings)
+            fully_shard(block, mesh=self.mesh, mp_policy=policy, reshard_after_forward=self.reshard_after_forward)
         # what is left stays in one piece until the backward pass, which may come in through inner features (GAN)
-        fully_shard(network, mp_policy=policy, reshard_after_forward=False, **self.settings)
+        fully_shard(network, mesh=self.mesh, mp_policy=policy, reshard_after_forward=False)
         self.networks.append(network)
 
     def reshard(self) -> None:
         """Let go of what is in one piece since a call without a backward pass: it does not follow when weights
         change."""
-        for network in self.networks:
-            network.reshard()
+        parts = (part for network in self.networks for part in network.modules())
+        for part in parts:
+            if isinstance(part, FSDPModule):
+                part.reshard()
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -119,7 +129,7 @@ def save_part(network: nn.Module, optimizer: torch.optim.Optimizer, path: Path, 
 
 
 def load_part(network: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Take up what `save_part` wrote, by any number of ranks."""
+    """Take up what `save_part` wrote, by any number of ranks that share the network."""
     with safe_open(path, "pt") as file:
         for name, tensor in network.state_dict().items():
             restore(tensor, file.get_tensor(f"network.{name}"))

@@ -39,6 +39,7 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from .arguments import DTYPES, TrainArguments
+from .denoiser import Denoiser
 from .health import Health, draw_health, read_log
 from .hub import create_model_card
 from .lora import is_adapted, leave_dtypes_to_autocast
@@ -111,8 +112,9 @@ def train(
             `start(step, accelerator, gradient_accumulation_steps)` is asked for its iterator from there; any other
             iterable is advanced past what an earlier run has used.
         args (`TrainArguments`): settings of the loop.
-        save (callable, *optional*): writes the student, whose averaged weights are in place, into a folder. By default
-            a student that was made from a `Teacher` is saved as that teacher's repository would be.
+        save (callable, *optional*): writes the student, `distiller.student.network` as it is then, whose averaged
+            weights are in place, into a folder. By default a student that was made from a `Teacher` is saved as that
+            teacher's repository would be.
         validate (callable, *optional*): writes sample pictures into a folder and returns numbers to log; the student
             with the lowest `"distance"` among them is kept in `output_dir/best`.
 
@@ -218,7 +220,7 @@ class Trainer:
     def _check_sharded(self) -> None:
         refused = {
             "lora_rank": (is_adapted(self.distiller.student.network), "None", "adapters share the teacher's weights"),
-            "offload_teacher": (self.args.offload_teacher, "off", "use `fsdp_offload_params` of the launcher"),
+            "offload_teacher": (self.args.offload_teacher, "off", "its weights are spread over the GPUs"),
             "optimizer": (self.args.optimizer == "adamw8bit", "'adamw' or 'radam'", "it takes no sharded weights"),
         }
         for name, (given, allowed, reason) in refused.items():
@@ -233,10 +235,12 @@ class Trainer:
             if not (self.sharding or (self._teacher_hook and denoiser is self.distiller.teacher)):
                 denoiser.to(accelerator.device)
             configure_networks(denoiser, dtype, args.gradient_checkpointing)
+            if self.sharding:
+                keep_input_dtypes(denoiser)
         if self.sharding:
             self._student_without_weights = without_weights(self.distiller.student.network)
-            if (teacher := getattr(self.distiller, "teacher", None)) is not None:
-                self.sharding.shard(teacher.network)
+            if self.distiller.teacher is not None:
+                self.sharding.shard(self.distiller.teacher.network)
         self.optimizers, self.lr_schedulers, self.parameters = {}, {}, {}
         for name, network in self.distiller.trainable.items():
             # evaluation mode: no DDP wrapper. Gradients of frozen networks flow in some phases and several forwards
@@ -296,7 +300,7 @@ class Trainer:
 
     def run(self, batches: Iterable[Batch]) -> None:
         args, accelerator = self.args, self.accelerator
-        self._batch_size = getattr(batches, "batch_size", args.train_batch_size)
+        self._batch_size = getattr(batches, "batch_size", None) or args.train_batch_size
         if args.lr_scheduler != "constant" and args.lr_warmup_steps >= args.max_train_steps:
             logger.warning(
                 "`lr_warmup_steps` (%d) is not below `max_train_steps` (%d): the student hardly learns, since the "
@@ -598,7 +602,7 @@ class Trainer:
     @property
     def settings(self) -> dict:
         """The arguments, without secrets, and what the objects that `train()` was given say instead of them."""
-        origin = getattr(self.distiller, "origin", None)
+        origin = self.distiller.origin
         named = (
             {"pretrained_teacher_model": origin.name, "revision": origin.revision} if hasattr(origin, "name") else {}
         )
@@ -624,6 +628,11 @@ class Trainer:
             return
         if not (path / "trainer_state.json").is_file():
             raise ValueError(f"`resume_from_checkpoint` must be 'latest' or a complete checkpoint, but is {wanted!r}.")
+        if any((path / f"{name}.safetensors").is_file() for name in self.optimizers) != (self.sharding is not None):
+            other = "without" if self.sharding else "with"
+            raise ValueError(
+                f"`resume_from_checkpoint` must be launched as its run was, but {str(path)!r} is of one {other} FSDP."
+            )
         self.accelerator.load_state(str(path))
         self.distiller.load_state(path, self.accelerator.process_index, self.accelerator.num_processes)
         state = json.loads((path / "trainer_state.json").read_text())
@@ -729,6 +738,14 @@ def configure_networks(module: torch.nn.Module, autocast_dtype: torch.dtype | No
                 leave_dtypes_to_autocast(part.network)
             if checkpointing:
                 checkpoint_gradients(part.network)
+
+
+def keep_input_dtypes(module: torch.nn.Module) -> None:
+    """Let every `Denoiser` cast inputs to its network's dtype of now: a sharded network's weights change theirs while
+    they travel."""
+    for part in module.modules():
+        if isinstance(part, Denoiser):
+            part.input_dtype = next(part.network.parameters()).dtype
 
 
 def checkpoint_gradients(network: torch.nn.Module) -> None:

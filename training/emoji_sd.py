@@ -221,7 +221,11 @@ def train_autoencoder(args: EmojiArguments, emoji: Emoji, held_out: Emoji) -> Au
     both = LabelledImages(torch.cat([emoji.images, emoji.images.flip(3)]), None)
     batches = Batches(both, settings.train_batch_size, args.seed)
     distiller = AutoencoderPretraining(network, args.kl_weight)
-    train(distiller, batches, settings, save=network.save_pretrained, validate=validate)
+
+    def save(folder: Path) -> None:
+        distiller.student.network.save_pretrained(folder)
+
+    train(distiller, batches, settings, save=save, validate=validate)
     return AutoencoderKL.from_pretrained(settings.output_dir)
 
 

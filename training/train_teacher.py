@@ -73,7 +73,7 @@ def main(args: TeacherArguments) -> None:
 
     def save(folder: Path) -> None:
         # the stock pipeline that hands class labels to a U-Net, whatever the scheduler
-        write_repository(pipeline, folder)
+        write_repository(ConsistencyModelPipeline(student.network, pipeline.scheduler), folder)
 
     def validate(folder: Path) -> dict[str, float]:
         generator = torch.Generator().manual_seed(args.seed)
