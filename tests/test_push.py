@@ -279,7 +279,7 @@ def test_evaluation_puts_its_numbers_into_the_card_and_pushes(hub, folder, tmp_p
     evaluation.main(args)
     files = hub.repositories["user/m"].files()
     measured = json.loads(files["metrics.json"])["results"][0]["value"]
-    assert f"value: {round(measured, 4)}" in files["README.md"].decode() and "quality.png" not in files
+    assert f"value: {round(measured, 4)}" in files["README.md"].decode() and "quality.png" in files
     with pytest.raises(ValueError, match=r"`output_dir` must be the student's folder to be pushed"):
         evaluation.main(evaluation.EvaluateArguments(output_dir=str(tmp_path / "n"), push_to_hub=True))
 
