@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from diffusers_onestep import EDMSchedule, FlowSchedule
 from diffusers_onestep.denoiser import Denoiser, x0_coefficients
 
 
@@ -24,6 +25,12 @@ class GaussianNetwork(nn.Module):
         mu, s = self.mu.double(), self.s.double()
         x0 = mu + alpha * s**2 / (alpha**2 * s**2 + sigma**2) * (x_t - alpha * mu)
         return ((x0 - c_skip * x_t) / c_out).to(sample.dtype)
+
+
+def kinds_of_teachers(vp):
+    """Every schedule with every prediction type that goes with it."""
+    kinds = [(vp, name) for name in ("epsilon", "v_prediction", "sample")]
+    return [*kinds, (FlowSchedule(), "flow_prediction"), (EDMSchedule(), "edm")]
 
 
 def gaussian_denoiser(schedule, prediction_type, mu=0.3, s=0.5):

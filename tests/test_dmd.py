@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from analytic import gaussian_denoiser, hermite_grid
+from analytic import gaussian_denoiser, hermite_grid, kinds_of_teachers
 from conftest import tiny_unet
 from diffusers import DDPMScheduler
 
@@ -23,16 +23,7 @@ def small_teacher():
     return Denoiser(tiny_unet(classes=3), VP, "epsilon")
 
 
-@pytest.mark.parametrize(
-    "schedule, prediction_type",
-    [
-        (VP, "epsilon"),
-        (VP, "v_prediction"),
-        (VP, "sample"),
-        (FlowSchedule(), "flow_prediction"),
-        (EDM, "edm"),
-    ],
-)
+@pytest.mark.parametrize("schedule, prediction_type", kinds_of_teachers(VP))
 def test_i1_every_output_is_read_as_the_same_sample_and_score(schedule, prediction_type):
     t = schedule.timestep(torch.tensor([0.05, 0.5, 2.5, 10.0]))
     x0, noise = torch.randn(2, 4, 1, 3, 3, dtype=torch.float64)

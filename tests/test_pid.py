@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from analytic import GaussianNetwork, gaussian_denoiser
+from analytic import GaussianNetwork, gaussian_denoiser, kinds_of_teachers
 from conftest import tiny_unet
 from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from test_trainer import run, script
@@ -200,16 +200,7 @@ def test_i11_grid():
     torch.testing.assert_close(edm_pid(student=TimeMLP()).times, grid, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize(
-    "schedule, prediction_type",
-    [
-        (VP, "epsilon"),
-        (VP, "v_prediction"),
-        (VP, "sample"),
-        (FlowSchedule(), "flow_prediction"),
-        (EDMSchedule(), "edm"),
-    ],
-)
+@pytest.mark.parametrize("schedule, prediction_type", kinds_of_teachers(VP))
 def test_i12_every_kind_of_teacher_gives_the_same_denoiser_and_solution(schedule, prediction_type):
     """At any level the teacher's x0 is the Gaussian's, and the exact solution leaves no residual."""
     teacher = gaussian_denoiser(schedule, prediction_type, MU, S)
