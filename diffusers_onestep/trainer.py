@@ -20,6 +20,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import NoneType
@@ -755,10 +756,10 @@ def checkpoint_gradients(network: torch.nn.Module) -> None:
     network.enable_gradient_checkpointing()
 
 
-def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+def optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
     """The optimizer that a name of `--optimizer` means."""
     if name != "adamw8bit":
-        return {"adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}[name]
+        return {"adamw": partial(torch.optim.AdamW, fused=True), "radam": torch.optim.RAdam}[name]
     if not (torch.cuda.is_available() and is_bitsandbytes_available()):
         raise ValueError("`optimizer` 'adamw8bit' needs a GPU and bitsandbytes: pip install bitsandbytes.")
     from bitsandbytes.optim import AdamW8bit

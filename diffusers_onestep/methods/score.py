@@ -5,6 +5,7 @@ in whether gradients flow through the two scores (`methods/dmd.py`, `methods/sid
 """
 
 from abc import abstractmethod
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -122,10 +123,17 @@ class ScoreDistiller(OneStepDistiller):
 
     def learn(self, name: str) -> None:
         """From now on gradients reach network `name` alone, and dropout, if the paper has it, is on in no other."""
-        for other, part in self.trainable.items():
-            part.requires_grad_(other == name)
+        for other, weights in self._weights.items():
+            for weight in weights:
+                weight.requires_grad_(other == name)
         for other, denoiser in (("student", self.student), ("fake_score", self.fake_score)):
-            denoiser.network.train(self.dropout and other == name)
+            if denoiser.network.training != (self.dropout and other == name):
+                denoiser.network.train(self.dropout and other == name)
+
+    @cached_property
+    def _weights(self) -> dict[str, list[nn.Parameter]]:
+        """Listed once: a walk through a network's modules takes milliseconds."""
+        return {name: list(part.parameters()) for name, part in self.trainable.items()}
 
     def generate(self, batch: Batch, generator: Generators = None) -> torch.Tensor:
         """Samples of the student, `(B, C, H, W)`.
