@@ -71,10 +71,17 @@ class Conditions:
 
 
 class LabelledImages:
-    """Images in memory as uint8 `(N, C, H, W)` with labels `(N,)` or None; `"x0"` comes in [-1, 1]."""
+    """Images in memory as uint8 `(N, C, H, W)` with labels `(N,)` or None, and captions or None; `"x0"` comes in
+    [-1, 1]."""
 
-    def __init__(self, images: torch.Tensor, labels: torch.Tensor | None, names: list[str] | None = None):
-        self.images, self.labels, self.names = images, labels, names
+    def __init__(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor | None,
+        names: list[str] | None = None,
+        captions: list[str] | None = None,
+    ):
+        self.images, self.labels, self.names, self.captions = images, labels, names, captions
 
     def __len__(self):
         return len(self.images)
@@ -85,11 +92,13 @@ class LabelledImages:
 
 
 def load_images(dataset: str, split: str = "train") -> LabelledImages:
-    """Read images with labels into memory.
+    """Read images with labels or captions into memory.
 
     Args:
-        dataset (`str`): an `.npz` with `images_SPLIT` `(N, H, W[, C])` uint8, `labels_SPLIT` and `class_names`; or a
-            data set that `datasets.load_dataset` knows, with an image and, if it has labels, a `ClassLabel` column.
+        dataset (`str`): an `.npz` with `images_SPLIT` `(N, H, W[, C])` uint8, `labels_SPLIT` and `class_names`; an
+            `.npz` of `images` with `captions`, the number of each image's `split` and `split_names`; or a data set
+            that `datasets.load_dataset` knows, with an image column, a `ClassLabel` column if it has labels, and a
+            column `caption` or `text` if it has captions.
         split (`str`, *optional*, defaults to `"train"`): `"train"` or `"test"`.
 
     Raises:
@@ -99,6 +108,12 @@ def load_images(dataset: str, split: str = "train") -> LabelledImages:
         if not Path(dataset).is_file():
             raise ValueError(f"`dataset` must be a file or a Hub data set, but {dataset!r} does not exist.")
         arrays = np.load(dataset, allow_pickle=False)
+        if {"images", "captions", "split", "split_names"} <= set(arrays.files):
+            rows = np.flatnonzero(arrays["split_names"][arrays["split"]] == split)
+            if not len(rows):
+                raise ValueError(f"`split` must be one of {arrays['split_names'].tolist()}, but is {split!r}.")
+            captions = [str(caption) for caption in arrays["captions"][rows]]
+            return LabelledImages(_channels_first(arrays["images"][rows]), None, captions=captions)
         if f"images_{split}" not in arrays.files:
             raise ValueError(f"`dataset` must hold `images_{split}`, but {dataset!r} holds {arrays.files}.")
         images, labels = arrays[f"images_{split}"], torch.from_numpy(arrays[f"labels_{split}"]).long()
@@ -109,11 +124,13 @@ def load_images(dataset: str, split: str = "train") -> LabelledImages:
     rows = load_dataset(dataset, split=split)
     image = next((k for k, v in rows.features.items() if isinstance(v, Image)), None)
     label = next((k for k, v in rows.features.items() if isinstance(v, ClassLabel)), None)
+    caption = next((k for k in ("caption", "text") if k in rows.features), None)
     if image is None:
         raise ValueError(f"`dataset` must have an image column, but {dataset!r} has {sorted(rows.features)}.")
     images = np.stack([np.asarray(picture) for picture in rows[image]])
     labels = None if label is None else torch.tensor(rows[label])
-    return LabelledImages(_channels_first(images), labels, None if label is None else rows.features[label].names)
+    names = None if label is None else rows.features[label].names
+    return LabelledImages(_channels_first(images), labels, names, None if caption is None else list(rows[caption]))
 
 
 def _channels_first(images: np.ndarray) -> torch.Tensor:

@@ -32,6 +32,7 @@ from .metrics import (
     mean_distances,
     moments,
     precision_recall_points,
+    retrieval_points,
     square_root,
     standard_error,
 )
@@ -52,8 +53,11 @@ METRICS = (
     "diversity",
     "agreement",
     "clip_score",
+    "retrieval",
 )
-AGAINST_IMAGES = {"kid", "precision_recall", "density_coverage"}  # these want features of real images, not moments
+# these want features of real images, not moments
+AGAINST_IMAGES = {"kid", "precision_recall", "density_coverage", "retrieval"}
+RETRIEVED = 5  # nearest real images in which a prompt's own is looked for
 LATENCY_CALLS = 5
 PACKAGES = ("diffusers-onestep", "torch", "diffusers", "transformers", "torch-fidelity")
 
@@ -107,6 +111,7 @@ class Generated:
     features: torch.Tensor
     logits: torch.Tensor | None
     groups: torch.Tensor | None = None  # which of them have one label or prompt
+    prompts: list[str] | None = None
     cosines: torch.Tensor | None = None  # of each image with its prompt
     clip: CLIP | None = None
 
@@ -305,7 +310,9 @@ def generate(
     latency = sorted(latencies)[LATENCY_CALLS // 2]
     kinds = len(prompts) if prompts is not None else pipeline.num_labels or 1
     groups = torch.arange(num_samples) % kinds if num_samples > kinds else None
-    return Generated(name, nfe, seed, speed, latency, extractor, features, logits, groups, cosines, clip)
+    return Generated(
+        name, nfe, seed, speed, latency, extractor, features, logits, groups, cond.get("prompt"), cosines, clip
+    )
 
 
 def measure(
@@ -390,6 +397,11 @@ def _numbers(metric: str, samples: Generated, reference: Reference | None, teach
         yield "IS", value, spread / (splits - 1) ** 0.5 if splits > 1 else math.nan
     elif metric == "diversity":
         yield "diversity", diversity(features), 2 * standard_error(mean_distances(features))
+    elif metric == "retrieval":
+        if samples.prompts is None or reference.captions is None:
+            raise ValueError("`metrics` must be without 'retrieval' unless models have prompts and images captions.")
+        found = retrieval_points(features, samples.prompts, reference.features, reference.captions, RETRIEVED)
+        yield f"recall-at-{RETRIEVED}", found.mean().item(), standard_error(found)
     elif metric == "agreement":
         points = agreement_points(features, teacher.features, samples.groups)
         yield "agreement", points.mean().item(), standard_error(points)

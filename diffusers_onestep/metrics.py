@@ -1,9 +1,10 @@
 """Distances between sets of images, from features alone: `(N, D)` arrays or tensors in, numbers out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from torch import nn
 
 Features = torch.Tensor | np.ndarray
 ROWS = 2000  # of a matrix of all pairs, at a time
@@ -170,6 +171,25 @@ def agreement_points(a: Features, b: Features, groups: torch.Tensor | None = Non
         total += sum(torch.cdist(part, b[own]).sum() for part in a[own].split(ROWS)) - same[own].sum()
         pairs += len(a[own]) * (len(a[own]) - 1)
     return 1 - same / (total / pairs)
+
+
+def retrieval_points(
+    features: Features, prompts: Sequence[str], real: Features, captions: Sequence[str], k: int = 5
+) -> torch.Tensor:
+    """For each image `(N,)` whether one of the `k` real images nearest to it, by the cosine of their features, has the
+    image's prompt for its caption (recall at `k`). A prompt that is nobody's caption is never found."""
+    features, real = (nn.functional.normalize(torch.as_tensor(f).double(), dim=1) for f in (features, real))
+    if (len(prompts), len(captions)) != (len(features), len(real)):
+        raise ValueError(
+            f"`prompts` and `captions` must be one per image ({len(features)}, {len(real)}), but are {len(prompts)}, "
+            f"{len(captions)}."
+        )
+    if k > len(real):
+        raise ValueError(f"`k` must be at most the number of real images ({len(real)}), but is {k}.")
+    number = {caption: n for n, caption in enumerate(dict.fromkeys(captions))}
+    wanted, held = torch.tensor([number.get(p, -1) for p in prompts]), torch.tensor([number[c] for c in captions])
+    nearest = torch.cat([(part @ real.T).topk(k, dim=1).indices for part in features.split(ROWS)])
+    return (held[nearest] == wanted[:, None]).any(1).double()
 
 
 def bootstrap_error(

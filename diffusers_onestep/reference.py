@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ class Reference:
         num_images (`int`, *optional*): behind the moments; None if the file does not say.
         extractor, weights (`str`, *optional*): label and digest of the extractor.
         source (`str`): where the images came from.
+        captions (list of `str`, *optional*): of the images that `features` are of; not saved.
     """
 
     mean: torch.Tensor
@@ -38,6 +39,7 @@ class Reference:
     extractor: str | None = None
     weights: str | None = None
     source: str = ""
+    captions: list[str] | None = None
 
     @classmethod
     def from_images(
@@ -93,7 +95,9 @@ class Reference:
         elif path.endswith((".pkl", ".pt", ".pth")):
             raise ValueError(f"`reference` must be .safetensors, .npz or a data set, never a pickle, but is {name!r}.")
         else:
-            return cls.from_images(load_images(path, split).images, extractor, f"{name}, {split}", extract)
+            real = load_images(path, split)
+            found = cls.from_images(real.images, extractor, f"{name}, {split}", extract)
+            return replace(found, captions=real.captions)
         blank = torch.zeros(1, extractor.channels, 32, 32, dtype=torch.uint8)
         dimension = extractor(blank)[0].shape[1]
         if found.mean.shape != (dimension,):

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_unet
@@ -21,6 +22,7 @@ from test_trainer import run, script
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffusers_onestep import Metrics, OneStepPipeline, Teacher, evaluate
+from diffusers_onestep.data import load_images
 from diffusers_onestep.evaluation import (
     METRICS,
     Score,
@@ -38,7 +40,7 @@ from diffusers_onestep.reference import Reference
 from diffusers_onestep.sampling import picture
 from diffusers_onestep.schedulers import solver_for
 
-OF_PIXELS = [metric for metric in METRICS if metric != "clip_score"]
+OF_PIXELS = [metric for metric in METRICS if metric not in ("clip_score", "retrieval")]
 NUMBERS = ["FD", "KID", "precision", "recall", "density", "coverage", "IS", "diversity", "agreement"]
 
 
@@ -219,6 +221,47 @@ def test_models_are_measured_at_another_size_and_embedded_guidance(tmp_path, mon
     ):
         with pytest.raises(ValueError, match=message):
             run_script("evaluate", *flags, *changes)
+
+
+def test_captioned_images_give_prompts_and_what_they_retrieve(tmp_path, monkeypatch):
+    """By the script, at several guidance scales, in bfloat16: every network call is cast, and gives float32."""
+    pipeline = tiny_pipeline("sd")
+    pipeline.save_pretrained(tmp_path / "teacher")
+    pictures = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
+    names, captions = np.array(["train", "test"]), np.array(["a cat", "snow", "a dog", "snow", *["sea", "sky"] * 2])
+    split = np.array([0, 1, 0, 1, 1, 1, 1, 1])
+    np.savez(tmp_path / "r.npz", images=pictures, captions=captions, split=split, split_names=names)
+    seen, forward = [], StableDiffusionPipeline.encode_prompt
+    inside, convolve = set(), torch.nn.Conv2d.forward
+
+    def watched(self, prompt, *args, **kwargs):
+        seen.extend(prompt)
+        return forward(self, prompt, *args, **kwargs)
+
+    def watched_convolution(self, x):
+        made = convolve(self, x)
+        inside.add((made.dtype, torch.is_autocast_enabled("cpu")))
+        return made
+
+    monkeypatch.setattr(StableDiffusionPipeline, "encode_prompt", watched)
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", watched_convolution)
+    flags = ["--pretrained_teacher_model", tmp_path / "teacher", "--teacher_steps", 1, "--guidance_scale", 1, 2]
+    flags += ["--reference", tmp_path / "r.npz", "--extractor", "effnet-lite0", "--num_samples", 6]
+    flags += ["--resolution", 16, "--batch_size", 4, "--mixed_precision", "bf16", "--output_dir", tmp_path]
+    run_script("evaluate", *flags, "--metrics", "retrieval", "diversity")
+    assert set(seen[-6:]) == {"snow", "sea", "sky"}  # of the split that is asked for
+    assert (torch.bfloat16, True) in inside
+    rows = json.loads((tmp_path / "metrics.json").read_text())["results"]
+    assert [(row["model"], row["nfe"]) for row in rows] == [("teacher, guidance 1", 1), ("teacher, guidance 2", 2)]
+    for row in rows:
+        found = row["scores"]["recall-at-5-EffNetLite0@64"]
+        assert row["value"] == found["value"] == 1.0  # two of each caption: the five nearest of six miss none
+    with pytest.raises(ValueError, match=r"`split` must be one of \['train', 'test'\], but is 'other'"):
+        load_images(str(tmp_path / "r.npz"), "other")
+    with pytest.raises(ValueError, match="`metrics` must be without 'retrieval' unless models have prompts"):
+        network = FashionCNN.from_shipped()
+        pixels = generate(OneStepPipeline.from_pretrained("fashion32-onestep"), network, num_samples=4)
+        measure(pixels, Reference.load(None, network), ["retrieval"])
 
 
 def test_the_script_reads_prompts_as_training_does(tmp_path):

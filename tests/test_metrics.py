@@ -14,6 +14,7 @@ from diffusers_onestep.metrics import (
     kernel_distance,
     moments,
     precision_recall,
+    retrieval_points,
 )
 from diffusers_onestep.reference import Reference
 
@@ -128,3 +129,16 @@ def test_the_digest_names_the_weights():
     assert before == FashionCNN.from_shipped().digest() and len(before) == 16
     network.fc.bias.data[0] += 1
     assert network.digest() != before
+
+
+def test_retrieval_of_features_whose_neighbours_are_known():
+    real, captions = torch.eye(6), ["cat", "cat", "dog", "sun", "sea", "sky"]
+    features = torch.tensor([[0.1, 9, 5, 0, 0, 0], [0, 0, 1, 2, 3, 4.0], [0, 0, 0, 0, 0, 1], [1.0, 0, 0, 0, 0, 0]])
+    prompts = ["cat", "dog", "nobody's", "cat"]
+    assert retrieval_points(features, prompts, real, captions, k=1).tolist() == [1, 0, 0, 1]
+    assert retrieval_points(features, prompts, real, captions, k=3).tolist() == [1, 0, 0, 1]
+    assert retrieval_points(features, prompts, real, captions, k=4).tolist() == [1, 1, 0, 1]
+    with pytest.raises(ValueError, match=r"`k` must be at most the number of real images \(6\), but is 7"):
+        retrieval_points(features, prompts, real, captions, k=7)
+    with pytest.raises(ValueError, match=r"`prompts` and `captions` must be one per image \(4, 6\), but are 3, 6"):
+        retrieval_points(features, prompts[:3], real, captions)

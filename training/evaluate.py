@@ -19,6 +19,7 @@ distance of ImageNet features that needs no download, and text-to-image:
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -41,6 +42,7 @@ from diffusers_onestep.evaluation import (
     sample_shape,
     sampler,
     stated,
+    takes_prompts,
     write_metrics,
 )
 from diffusers_onestep.features import EXTRACTORS, load_extractor
@@ -61,7 +63,9 @@ class EvaluateArguments(HubArguments):
     teacher_steps: list[int] = field(
         default_factory=lambda: [1, 2, 5, 10, 20, 50], metadata={"help": "Steps at which to sample the teacher."}
     )
-    guidance_scale: float | None = field(default=None, metadata={"help": "Of the teacher; default: 1.0, off."})
+    guidance_scale: list[float] = field(
+        default_factory=lambda: [1.0], metadata={"help": "Of the teacher; several make a row each; 1.0 is off."}
+    )
     num_inference_steps: list[int] | None = field(
         default=None, metadata={"help": "Steps of models that are no one-step students; default: the fitted ones."}
     )
@@ -80,7 +84,10 @@ class EvaluateArguments(HubArguments):
         metadata={"help": "File of make_reference.py, .npz of EDM or ADM, or a data set; default: Fashion-MNIST's."},
     )
     reference_split: str = field(default="test", metadata={"help": "Of a data set."})
-    prompts: str | None = field(default=None, metadata={"help": "Of text-to-image models: a file, one a line."})
+    prompts: str | None = field(
+        default=None,
+        metadata={"help": "Of text-to-image models: a file, one a line; default: the reference's captions."},
+    )
     resolution: int | None = field(
         default=None, metadata={"help": "Of text-to-image models: height and width in pixels; default: their own."}
     )
@@ -88,6 +95,7 @@ class EvaluateArguments(HubArguments):
         default=None,
         metadata={"help": "What FLUX.1-dev's guidance embedding is fed; default: 3.5, and what a student has."},
     )
+    mixed_precision: str | None = field(default=None, metadata={"help": "bf16 or fp16: of the networks' calls."})
     seed: int = field(default=0, metadata={"help": "Of the noises."})
 
 
@@ -119,7 +127,7 @@ def model_guidance(pipeline: DiffusionPipeline, embedded_guidance: float | None)
 
 
 def main(args: EvaluateArguments) -> None:
-    state = Accelerator()
+    state = Accelerator(mixed_precision=args.mixed_precision)
     check_metrics(args.metrics)
     if args.output_dir is None and not (args.model and Path(args.model[0]).is_dir()):
         raise ValueError("`output_dir` must be given unless the first `model` is a folder, but is None.")
@@ -137,18 +145,6 @@ def main(args: EvaluateArguments) -> None:
     if {"fd", *AGAINST_IMAGES} & set(args.metrics):
         share = partial(extract, extractor=extractor, all_processes=True)
         reference = Reference.load(args.reference, extractor, args.reference_split, share)
-    prompts = read_prompts(args.prompts) if args.prompts else None
-    sample = partial(
-        generate,
-        extractor=extractor,
-        num_samples=args.num_samples,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        prompts=prompts,
-        clip=load_extractor("clip", args.clip_model, state.device) if "clip_score" in args.metrics else None,
-        all_processes=True,
-    )
-    teacher_rows, student_rows, pictures = [], [], []
     teacher = target = None
     if args.pretrained_teacher_model:
         given = {} if args.embedded_guidance is None else {"embedded_guidance": args.embedded_guidance}
@@ -160,9 +156,28 @@ def main(args: EvaluateArguments) -> None:
     fed = [model_guidance(pipeline, args.embedded_guidance) for pipeline in students]
     for pipeline in students:
         sample_shape(pipeline, args.resolution)  # a size that it can not have is an error now
-    for steps in sorted(args.teacher_steps if teacher else [], reverse=True):
-        own = {"num_inference_steps": steps, "guidance_scale": args.guidance_scale}
-        samples = sample(teacher, name="teacher", **own)
+    models = [*([teacher] if teacher else []), *students]
+    for model in models:
+        state.prepare_model(network_of(model), evaluation_mode=True)
+    prompts = read_prompts(args.prompts) if args.prompts else None
+    if prompts is None and reference and any(takes_prompts(model) for model in models):
+        prompts = reference.captions
+    sample = partial(
+        generate,
+        extractor=extractor,
+        num_samples=args.num_samples,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        prompts=prompts,
+        clip=load_extractor("clip", args.clip_model, state.device) if "clip_score" in args.metrics else None,
+        all_processes=True,
+    )
+    teacher_rows, student_rows, pictures = [], [], []
+    steps_and_scales = product(sorted(args.teacher_steps, reverse=True), reversed(args.guidance_scale))
+    for steps, guidance_scale in steps_and_scales if teacher else ():
+        own = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+        name = "teacher" if len(args.guidance_scale) == 1 else f"teacher, guidance {guidance_scale:g}"
+        samples = sample(teacher, name=name, **own)
         target = target or samples  # what students are to agree with: the teacher at its most steps
         teacher_rows.insert(0, report(samples, reference, args.metrics, target, state.print))
         pictures = pictures or [sampler(teacher, **own)]
