@@ -95,10 +95,9 @@ def load_images(dataset: str, split: str = "train") -> LabelledImages:
     """Read images with labels or captions into memory.
 
     Args:
-        dataset (`str`): an `.npz` with `images_SPLIT` `(N, H, W[, C])` uint8, `labels_SPLIT` and `class_names`; an
-            `.npz` of `images` with `captions`, the number of each image's `split` and `split_names`; or a data set
-            that `datasets.load_dataset` knows, with an image column, a `ClassLabel` column if it has labels, and a
-            column `caption` or `text` if it has captions.
+        dataset (`str`): an `.npz` with `images_SPLIT` `(N, H, W[, C])` uint8, `labels_SPLIT` and `class_names`; or a
+            data set that `datasets.load_dataset` knows, with an image column, a `ClassLabel` column if it has labels,
+            and a column `caption` or `text` if it has captions.
         split (`str`, *optional*, defaults to `"train"`): `"train"` or `"test"`.
 
     Raises:
@@ -108,12 +107,6 @@ def load_images(dataset: str, split: str = "train") -> LabelledImages:
         if not Path(dataset).is_file():
             raise ValueError(f"`dataset` must be a file or a Hub data set, but {dataset!r} does not exist.")
         arrays = np.load(dataset, allow_pickle=False)
-        if {"images", "captions", "split", "split_names"} <= set(arrays.files):
-            rows = np.flatnonzero(arrays["split_names"][arrays["split"]] == split)
-            if not len(rows):
-                raise ValueError(f"`split` must be one of {arrays['split_names'].tolist()}, but is {split!r}.")
-            captions = [str(caption) for caption in arrays["captions"][rows]]
-            return LabelledImages(_channels_first(arrays["images"][rows]), None, captions=captions)
         if f"images_{split}" not in arrays.files:
             raise ValueError(f"`dataset` must hold `images_{split}`, but {dataset!r} holds {arrays.files}.")
         images, labels = arrays[f"images_{split}"], torch.from_numpy(arrays[f"labels_{split}"]).long()

@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
 from diffusers_onestep import Denoiser, NoiseSchedule, Teacher
+from diffusers_onestep.data import load_images
 from diffusers_onestep.methods.pretrain import AutoencoderPretraining, Pretraining
 
 sys.path.insert(0, str(ROOT / "training"))
@@ -176,3 +177,10 @@ def test_dropped_conditions_become_the_null_condition(dropout, expected):
     distiller = Pretraining(student, {"input_ids": torch.full((1, 5), 3)}, dropout)
     next(distiller.updates({"x0": torch.zeros(2, 1, 4, 4), "cond": {"input_ids": torch.full((2, 5), 7)}}))
     assert (seen[0] == torch.full((2, 5), expected)).all()
+
+
+def test_the_pictures_are_a_captioned_data_set_too(dataset, tmp_path):
+    emoji_sd.write_data_set(str(dataset), str(tmp_path / "data"))
+    emoji, written = emoji_sd.Emoji(str(dataset), 2), load_images(str(tmp_path / "data"), "test")
+    assert torch.equal(written.images, emoji.images) and written.captions == emoji.captions
+    assert len(load_images(str(tmp_path / "data"), "train")) == 6

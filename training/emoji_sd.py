@@ -3,18 +3,25 @@
 ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 training/train_teacher.py --recipe emoji-sd \
     --dataset emoji32.npz --output_dir emoji-sd --mixed_precision bf16
 
+`python training/emoji_sd.py emoji32.npz emoji-data` writes the same pictures as a captioned data set, for
+`--dataset_name` of the distillation scripts and `--reference` of `evaluate.py`.
+
 Two trainings, one after the other: the autoencoder in `OUTPUT_DIR/autoencoder`, then U-Net and text encoder together
 on its latents. `--resume_from_checkpoint latest` goes on in whichever was interrupted.
 """
 
+import argparse
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from datasets import Dataset
+from datasets import Image as ImageColumn
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -23,7 +30,7 @@ from diffusers_onestep.arguments import TrainArguments
 from diffusers_onestep.data import Batches, LabelledImages
 from diffusers_onestep.methods.pretrain import AutoencoderPretraining, Pretraining
 from diffusers_onestep.models import PromptedUNet
-from diffusers_onestep.repository import write_json, write_repository
+from diffusers_onestep.repository import write_json, write_repository, written_beside
 from diffusers_onestep.sampling import picture, save_grid
 
 RECIPE = "emoji-sd"
@@ -303,3 +310,22 @@ def write_samples(
             captions.append(prompts)
     save_grid(torch.cat(rows), folder / "samples.png", COLUMNS)
     write_json(folder / "samples.json", {"guidance_scale": 4.0, "num_inference_steps": steps, "prompts": captions})
+
+
+def write_data_set(path: str, folder: str) -> None:
+    """The captioned pictures of an .npz as `train.parquet`, `validation.parquet` and `test.parquet`, which
+    `datasets.load_dataset(folder)` reads."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for number, split in enumerate(("train", "validation", "test")):
+        emoji = Emoji(path, number)
+        pictures = [Image.fromarray(image) for image in emoji.images.permute(0, 2, 3, 1).numpy()]
+        rows = Dataset.from_dict({"image": pictures, "caption": emoji.captions}).cast_column("image", ImageColumn())
+        with written_beside(Path(folder) / f"{split}.parquet") as beside:
+            rows.to_parquet(str(beside))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Write captioned emoji as a data set.")
+    parser.add_argument("path", help="An .npz file of captioned emoji.")
+    parser.add_argument("folder", help="Where the data set goes.")
+    write_data_set(**vars(parser.parse_args()))
