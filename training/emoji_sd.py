@@ -65,6 +65,7 @@ class EmojiArguments(TrainArguments):
     caption_dropout: float = field(
         default=0.1, metadata={"help": "How often the empty caption replaces the true one."}
     )
+    license: str | None = field(default="cc-by-4.0", metadata={"help": "Of the model, in the Hub's spelling."})
     autoencoder_steps: int = field(default=5500, metadata={"help": "Updates of the autoencoder, before."})
     autoencoder_batch_size: int = field(default=16, metadata={"help": "Images per device."})
     autoencoder_learning_rate: float = field(default=1e-3, metadata={"help": "Of the autoencoder."})

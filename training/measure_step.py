@@ -5,8 +5,8 @@
 
 The network is Stable Diffusion 1.5's U-Net (860 M parameters) unless `--network_config` names another config.json;
 `--width 0.5` makes it half as wide. The steps run in a fresh process: the kernel's high-water mark of its resident
-memory, less what it held before it made networks, is compared with the plan. `--latency` times one call of the network
-and the decoder instead, and extrapolates to 50 guided steps.
+memory, less what it held before it made networks, is compared with the plan. `--latency` times a student's call
+instead, beside those of the bare network and decoder and of 50 guided steps.
 """
 
 import gc
@@ -18,14 +18,16 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 
-from diffusers_onestep import Denoiser, NoiseSchedule
+from diffusers_onestep import Denoiser, NoiseSchedule, OneStepStableDiffusionPipeline
 from diffusers_onestep.arguments import DTYPES, run_script
 from diffusers_onestep.models import network_from_config
 from diffusers_onestep.plan import METHODS, PlanArguments, example_cond, latent_shape, plan_step
+from diffusers_onestep.schedulers import student_scheduler
 from diffusers_onestep.trainer import Trainer
 
 # stable-diffusion-v1-5, unet/config.json: all else is the default of UNet2DConditionModel
@@ -57,6 +59,7 @@ class MeasureArguments(PlanArguments):
     width: float = field(default=1.0, metadata={"help": "Factor on the channels of its levels."})
     steps: int = field(default=2, metadata={"help": "The last one is timed; the optimizer has its states from then."})
     latency: bool = field(default=False, metadata={"help": "Time sampling instead."})
+    calls: int = field(default=9, metadata={"help": "Of the student, whose median is taken, by `--latency`."})
     measured: str | None = field(default=None, metadata={"help": "Internal: the file of the fresh process."})
 
     def network(self) -> dict:
@@ -68,7 +71,9 @@ class MeasureArguments(PlanArguments):
 
     def scheduler(self) -> DDPMScheduler:
         """Stable Diffusion's noise."""
-        return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+        return DDPMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+        )
 
 
 def random_network(args: MeasureArguments) -> torch.nn.Module:
@@ -112,31 +117,44 @@ def run_steps(args: MeasureArguments) -> dict:
     return {"peak": peak, "before": before, "seconds": seconds, "losses": losses}
 
 
-@torch.no_grad()
 def run_latency(args: MeasureArguments) -> dict:
-    """Seconds of a student's image, and of 50 guided steps from one of them."""
+    """In the fresh process: seconds of one image by the bare network and decoder, by the student's pipeline, and by
+    the teacher's with 50 guided steps. All start from embeddings of the prompt and noise that is there."""
     network = random_network(args)
     dtype = next(network.parameters()).dtype
-    decoder = AutoencoderKL(**SD15_VAE).to(dtype).eval()
+    parts = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    parts |= {"unet": network, "vae": AutoencoderKL(**SD15_VAE).to(dtype).eval(), "requires_safety_checker": False}
+    scheduler = args.scheduler()
+    teacher = StableDiffusionPipeline(scheduler=DDIMScheduler.from_config(scheduler.config), **parts)
+    student = OneStepStableDiffusionPipeline(
+        scheduler=student_scheduler(scheduler, "epsilon", student_timesteps=[980], init_noise_sigma=1.0), **parts
+    )
     shape = latent_shape(network, args.resolution, VAE_SCALE)
+    x_t, t = torch.randn(1, *shape, dtype=dtype), torch.full((1,), 980)
+    prompt = example_cond(network, 1)["encoder_hidden_states"].to(dtype)
+    size = {"height": args.resolution, "width": args.resolution, "latents": x_t, "output_type": "pt"}
+    for pipeline in (teacher, student):
+        pipeline.set_progress_bar_config(disable=True)
+
+    @torch.no_grad()
+    def bare():
+        teacher.vae.decode(network(x_t, t, prompt).sample)
+
+    def one_step():
+        student(prompt_embeds=prompt, **size)
+
+    def fifty_guided_steps():
+        teacher(prompt_embeds=prompt, negative_prompt_embeds=prompt, num_inference_steps=50, **size)
 
     def seconds(call):
+        started = time.perf_counter()
         call()
-        times = []
-        for _ in range(3):
-            started = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - started)
-        return min(times)
+        return time.perf_counter() - started
 
-    def evaluation(batch_size):
-        cond = {k: v.to(dtype) for k, v in example_cond(network, batch_size).items()}
-        x_t, t = torch.randn(batch_size, *shape, dtype=dtype), torch.full((batch_size,), 500)
-        return lambda: network(x_t, t, **cond)
-
-    one, guided = seconds(evaluation(1)), seconds(evaluation(2))
-    decode = seconds(lambda: decoder.decode(torch.randn(1, *shape, dtype=dtype)))
-    return {"network": one, "guided": guided, "decode": decode, "ratio": (50 * guided + decode) / (one + decode)}
+    bare(), one_step()
+    pairs = [(seconds(bare), seconds(one_step)) for _ in range(args.calls)]  # in turn: other work slows both
+    times = {"bare": median(b for b, _ in pairs), "student": median(s for _, s in pairs)}
+    return times | {"teacher": seconds(fifty_guided_steps)}
 
 
 def main(args: MeasureArguments) -> None:
@@ -155,8 +173,9 @@ def main(args: MeasureArguments) -> None:
         subprocess.run([sys.executable, __file__, *command, "--measured", report], check=True, env=environment)
         result = json.loads(report.read_text())
     if args.latency:
-        print(f"network {result['network']:.2f} s, guided {result['guided']:.2f} s, decoder {result['decode']:.2f} s")
-        print(f"50 guided steps, extrapolated, against one step, with the decoder: {result['ratio']:.1f} times")
+        bare, student, teacher = (result[name] for name in ("bare", "student", "teacher"))
+        print(f"bare network and decoder {bare:.3f} s, student's pipeline {student:.3f} s: {student / bare:.3f} times")
+        print(f"teacher's pipeline, 50 guided steps, {teacher:.1f} s: {teacher / student:.1f} times the student's")
         return
     planned = plan_step(args.network(), args.scheduler(), args, VAE_SCALE)
     print(planned)
