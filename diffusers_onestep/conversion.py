@@ -24,10 +24,10 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .checkpoints import StoredModule, first_line, read_checkpoint
+from .files import write_json
 from .models import EDM2UNet2DModel, EDMUNet2DModel
 from .models.unet_edm import ARCHITECTURES, resample_kernel
 from .pipelines import OneStepPipeline
-from .repository import write_json
 from .schedulers import EDMHeunScheduler, student_scheduler
 from .schedules import VE_SIGMAS, VP_BETA_D, VP_BETA_MIN, VP_STEPS, iddpm_sigmas, vp_sde_alphas_cumprod
 

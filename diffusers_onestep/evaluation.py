@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from .families import family_of
 from .features import CLIP, Extractor, load_extractor
+from .files import write_json, written_beside
 from .metrics import (
     agreement_points,
     bootstrap_error,
@@ -38,7 +39,6 @@ from .metrics import (
 )
 from .network_calls import sample_shape_of
 from .reference import Reference
-from .repository import write_json, written_beside
 from .sampling import picture, save_grid
 from .teacher import Teacher
 

@@ -17,9 +17,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from .evaluation import markdown_table
+from .files import read_json, write_text
 from .lora import LORA_WEIGHTS
 from .records import RUN_RECORD, without_secrets
-from .repository import ASSETS, read_json, resolve_model, write_text
+from .repository import ASSETS, resolve_model
 
 logger = logging.get_logger(__name__)
 

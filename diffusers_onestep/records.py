@@ -15,8 +15,9 @@ from huggingface_hub import ModelCard, get_token, hf_hub_download
 from yaml import YAMLError
 
 from .evaluation import provenance
+from .files import read_json
 from .methods.base import Paper
-from .repository import read_json, resolve_model
+from .repository import resolve_model
 
 RUN_RECORD = "training_run.json"  # beside training_args.json: what was asked for; here: what it came to
 

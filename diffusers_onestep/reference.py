@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 
 from .data import load_images
 from .features import Extractor
+from .files import written_beside
 from .metrics import moments
-from .repository import ASSETS, written_beside
+from .repository import ASSETS
 
 SHIPPED = {"fashion": ASSETS / "fashion_cnn" / "fashion_test.safetensors"}  # by the extractor's label
 KEPT_FEATURES = 10_000

@@ -1,6 +1,5 @@
 """Model folders: written so that they load at every moment, and the ones that ship with the package."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +18,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from torch import nn
+
+from .files import read_json
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -172,27 +173,3 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:  # not on every file system
         shutil.copy2(source, target)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-@contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
-    """Where to write a file that is then renamed to `path`: a reader finds the old one or the new one, whole."""
-    beside = path.with_name(f".{path.name}.writing")
-    yield beside
-    os.replace(beside, path)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write beside, then rename."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write beside, then rename."""
-    with written_beside(path) as beside:
-        beside.write_text(text, encoding="utf-8")

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from .denoiser import Cond, Denoiser, GuidedDenoiser
-from .repository import written_beside
+from .files import written_beside
 
 PICTURE_FILES = (".png", ".jpg", ".jpeg", ".webp")
 

@@ -41,12 +41,12 @@ from tqdm.auto import tqdm
 
 from .arguments import DTYPES, TrainArguments
 from .denoiser import Denoiser
+from .files import read_json, write_json, write_text
 from .health import Health, draw_health, read_log
 from .hub import create_model_card
 from .lora import is_adapted, leave_dtypes_to_autocast
 from .methods.base import Batch, Distiller, OneStepDistiller
 from .records import RUN_RECORD, run_record, shown_arguments, without_secret_settings
-from .repository import read_json, write_json, write_text
 from .sharding import Sharding, gather, load_part, local, restore, save_part, whole, without_weights
 
 logger = get_logger(__name__)

@@ -28,9 +28,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from diffusers_onestep import Denoiser, NoiseSchedule, train
 from diffusers_onestep.arguments import TrainArguments
 from diffusers_onestep.data import Batches, LabelledImages
+from diffusers_onestep.files import write_json, written_beside
 from diffusers_onestep.methods.pretrain import AutoencoderPretraining, Pretraining
 from diffusers_onestep.models import PromptedUNet
-from diffusers_onestep.repository import write_json, write_repository, written_beside
+from diffusers_onestep.repository import write_repository
 from diffusers_onestep.sampling import picture, save_grid
 
 RECIPE = "emoji-sd"

@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 
 from ..data import Conditions
 from ..denoiser import Cond, Denoiser, GuidedDenoiser, predict_x0, scale_input
+from ..files import written_beside
 from ..models import shrunk
-from ..repository import written_beside
 from ..schedules import EDMSchedule, VPSchedule, karras_sigma
 from .base import Distiller, Generators, Paper, check_same_prediction, normal, uniform
 
