@@ -25,6 +25,7 @@ from .arguments import DTYPES
 from .conditions import label_embeddings
 from .denoiser import Denoiser, GuidedDenoiser
 from .distillation import DistillationArguments
+from .ema import HalfLifeEMA
 from .methods.dmd import DMD
 from .methods.score import ScoreDistiller
 from .methods.sid import SiD
@@ -32,7 +33,7 @@ from .models import network_from_config
 from .repository import resolve_model
 from .schedules import NoiseSchedule
 from .teacher import prediction_type_of
-from .trainer import HalfLifeEMA, configure_networks
+from .trainer import configure_networks
 
 METHODS = {"sid": SiD, "dmd": DMD}
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

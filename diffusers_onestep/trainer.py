@@ -32,63 +32,27 @@ from accelerate.hooks import UserCpuOffloadHook
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast, set_seed
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from diffusers.utils import is_bitsandbytes_available
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from .arguments import DTYPES, TrainArguments
 from .denoiser import Denoiser
+from .ema import HalfLifeEMA
 from .files import read_json, write_json, write_text
 from .health import Health, draw_health, read_log
 from .hub import create_model_card
 from .lora import is_adapted, leave_dtypes_to_autocast
 from .methods.base import Batch, Distiller, OneStepDistiller
 from .records import RUN_RECORD, run_record, shown_arguments, without_secret_settings
-from .sharding import Sharding, gather, load_part, local, restore, save_part, whole, without_weights
+from .sharding import Sharding, gather, load_part, local, save_part, whole, without_weights
 
 logger = get_logger(__name__)
 
 DIVERGED = 1000  # beyond the number of any signal
 
 _STATE = ("step", "images_seen", "train_seconds", "best_distance")  # what trainer_state.json holds, with the schedules
-
-
-class HalfLifeEMA(EMAModel):
-    """Exponential moving average with a half-life in images: `beta = 0.5**(batch / min(halflife, rampup *
-    images_seen))` (Karras et al. 2020; SiD, training loop). The first update copies the parameters."""
-
-    def __init__(self, parameters, halflife_images: float, rampup_ratio: float):
-        parameters = list(parameters)
-        # sharded tensors know no copy of all at once
-        super().__init__(parameters, decay=1.0, foreach=not any(isinstance(p, DTensor) for p in parameters))
-        self.halflife_images, self.rampup_ratio = halflife_images, rampup_ratio
-        self.images_seen, self.batch_size = 0, 1
-
-    def get_decay(self, optimization_step: int) -> float:
-        halflife = min(self.halflife_images, self.rampup_ratio * self.images_seen)
-        return 0.5 ** (self.batch_size / max(halflife, 1e-8))
-
-    def named(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The averaged weights, for safetensors."""
-        return ((str(number), tensor) for number, tensor in enumerate(self.shadow_params))
-
-    def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take up the averaged weights that `named` gave."""
-        for name, shadow in self.named():
-            restore(shadow, tensors[name])
-
-    @contextmanager
-    def applied(self, parameters: list[torch.nn.Parameter]):
-        """Put the averaged weights into `parameters` for a while."""
-        self.store(parameters)
-        self.copy_to(parameters)
-        try:
-            yield
-        finally:
-            self.restore(parameters)
 
 
 def sample_generators(seed: int, step: int, places: Iterable[int | str]) -> list[torch.Generator]:
