@@ -16,16 +16,13 @@ import shutil
 import signal
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from types import NoneType
 
-import numpy as np
 import torch
 from accelerate import Accelerator, cpu_offload_with_hook
 from accelerate.hooks import UserCpuOffloadHook
@@ -33,7 +30,6 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.utils import is_bitsandbytes_available
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
@@ -44,9 +40,10 @@ from .files import read_json, write_json, write_text
 from .health import Health, draw_health, read_log
 from .hub import create_model_card
 from .lora import is_adapted, leave_dtypes_to_autocast
-from .methods.base import Batch, Distiller, OneStepDistiller
-from .records import RUN_RECORD, run_record, shown_arguments, without_secret_settings
+from .methods.base import Batch, Distiller
+from .records import RUN_RECORD, run_record, without_secret_settings
 from .sharding import Sharding, gather, load_part, local, save_part, whole, without_weights
+from .trackers import finish_trackers, log_picture, start_trackers
 
 logger = get_logger(__name__)
 
@@ -89,6 +86,8 @@ def train(
             written.
     """
     if args.dry_run:
+        from .dry_run import dry_run
+
         dry_run(distiller, batches, args)
         return
     if save is None and validate is None:
@@ -96,55 +95,6 @@ def train(
 
         save, validate = default_hooks(distiller, args)
     Trainer(distiller, args, save, validate).run(batches)
-
-
-def dry_run(distiller: Distiller, batches: Iterable[Batch], args: TrainArguments, batch_size: int = 2) -> None:
-    """Print what a run would do, and take two steps with `batch_size` samples, in a folder that is then removed."""
-    with tempfile.TemporaryDirectory() as folder:
-        planned = replace(args, output_dir=folder, report_to=None)
-        trainer = Trainer(distiller, planned)
-        trainer.accelerator.print(run_summary(distiller, planned, trainer.accelerator.num_processes))
-        stream = trainer.stream(batches)
-        for _ in range(2):
-            started = time.perf_counter()
-            losses = trainer.train_step([_first(next(stream), batch_size)])
-            took = time.perf_counter() - started
-            numbers = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
-            trainer.accelerator.print(f"step {trainer.step}: {batch_size} samples, {took:.1f} s, losses: {numbers}")
-
-
-def _first(batch: Batch, size: int) -> Batch:
-    cut = {k: v[:size] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-    cond = {k: v[:size] for k, v in batch.get("cond", {}).items()}
-    return cut | {"cond": cond, "batch_size": min(size, batch["batch_size"])}
-
-
-def run_summary(distiller: Distiller, args: TrainArguments, num_processes: int) -> str:
-    """What a run would do: method, networks, batch, steps, levels and settings."""
-    lines = [f"{type(distiller).__name__} ({distiller.paper.title}, arXiv:{distiller.paper.arxiv_id})"]
-    teacher = {"teacher": distiller.teacher.network} if distiller.teacher is not None else {}
-    for name, network in (teacher | distiller.trainable).items():
-        parameters = sum(p.numel() for p in network.parameters())
-        dropout = getattr(network, "config", {}).get("dropout")
-        lines.append(
-            f"  {name}: {type(network).__name__}, {parameters:,} parameters"
-            + ("" if dropout is None else f", dropout {dropout}")
-        )
-    batch = args.train_batch_size * args.gradient_accumulation_steps * num_processes
-    lines.append(
-        f"  batch: {batch} = {args.train_batch_size} samples x {args.gradient_accumulation_steps} micro-batches x "
-        f"{num_processes} processes"
-    )
-    lines.append(f"  steps: {args.max_train_steps:,}, {args.max_train_steps * batch:,} images")
-    if isinstance(distiller, OneStepDistiller):
-        timesteps = distiller.student_timesteps
-        levels = distiller.student.schedule.ratio(torch.tensor(timesteps, dtype=torch.float64)).tolist()
-        where = ", ".join(f"{t:.6g} (sigma / alpha {level:.6g})" for t, level in zip(timesteps, levels, strict=True))
-        lines.append(f"  student at t = {where}, noise scaled by {distiller.init_noise_sigma:.6g}")
-    own = {k: v for k, v in vars(distiller).items() if isinstance(v, (int, float, str, bool)) and k[0] != "_"}
-    lines.append("  method: " + ", ".join(f"{k} {v}" for k, v in sorted(own.items())))
-    lines.append("  settings: " + ", ".join(f"{k} {v}" for k, v in sorted(_scalars(asdict(args)).items())))
-    return "\n".join(lines)
 
 
 class Trainer:
@@ -289,7 +239,7 @@ class Trainer:
             write_json(self.output_dir / "training_args.json", self.settings)
             truncate_log(self.output_dir / "log.jsonl", self.step)
             self.health = Health(read_log(self.output_dir / "log.jsonl"))
-        self.start_trackers()
+        start_trackers(accelerator, self.output_dir, self.step, self.settings)
         if self.step >= args.max_train_steps:  # perhaps stopped between the last checkpoint and the student
             self.write_student()
         stream = self.stream(batches)
@@ -317,7 +267,7 @@ class Trainer:
                 if stopping:
                     self.leave(stopping)
         bar.close()
-        self.finish_trackers()
+        finish_trackers(self.accelerator)
         if self.save_student is not None:
             accelerator.print(f"The student and its card are in {self.output_dir}.")
         if accelerator.is_main_process:
@@ -441,52 +391,8 @@ class Trainer:
                 f"{self._divergence or 'Go on with the same command and --resume_from_checkpoint latest.'}",
                 flush=True,
             )
-        self.finish_trackers()
+        finish_trackers(self.accelerator)
         raise SystemExit(1 if number == DIVERGED else 128 + number)
-
-    def start_trackers(self) -> None:
-        """Open this run's record in every tracker; a run that is resumed in its folder goes on with its own."""
-        logs = self.output_dir / "logs"
-        run_id = logs / "run_id"
-        if self.accelerator.is_main_process and self.args.trackers and not (self.step and run_id.is_file()):
-            logs.mkdir(exist_ok=True)
-            write_text(run_id, uuid.uuid4().hex[:8])
-        own = run_id.read_text() if run_id.is_file() else None
-        name = self.output_dir.resolve().name
-        environment = os.environ.get
-        settings = {
-            "tensorboard": {"purge_step": self.step + 1},
-            "wandb": {
-                "id": environment("WANDB_RUN_ID", own),
-                "name": environment("WANDB_NAME", name),
-                "dir": environment("WANDB_DIR", str(logs)),
-                "resume": "allow",
-            },
-            "trackio": {"name": f"{name}-{own}", "resume": "allow"},
-        }
-        with shown_arguments():
-            self.accelerator.init_trackers("diffusers-onestep", config=_scalars(self.settings), init_kwargs=settings)
-
-    def log_picture(self, path: Path) -> None:
-        """Show a picture in the trackers that take one."""
-        if not (self.accelerator.trackers and path.is_file()):
-            return
-        picture = Image.open(path).convert("RGB")
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                shown = {path.stem: np.asarray(picture)[None]}
-                tracker.log_images(shown, step=self.step, dataformats="NHWC")
-            elif tracker.name == "wandb":
-                tracker.log_images({path.stem: [picture]}, step=self.step)
-            elif tracker.name == "trackio":
-                from trackio import Image as TrackioImage
-
-                tracker.log({path.stem: TrackioImage(picture)}, step=self.step)
-
-    def finish_trackers(self) -> None:
-        """Not `end_training`, which takes the process group from a second `train()` of the same process."""
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
 
     def save_checkpoint(self) -> None:
         """Write `checkpoints/step-N`, complete or absent, and the student as it stands."""
@@ -645,7 +551,7 @@ class Trainer:
             with self.averaged(), torch.no_grad(), tempfile.TemporaryDirectory() as unseen:
                 values = self.validate(self.output_dir if main else Path(unseen))
                 if main:
-                    self.log_picture(self.output_dir / "samples.png")
+                    log_picture(self.accelerator, self.output_dir / "samples.png", self.step)
                 if self.is_best(values.get("distance", math.inf)) and self.save_student is not None:
                     self.write_folder(self.output_dir / "best", picture=self.output_dir / "samples.png")
             if main:
@@ -772,7 +678,3 @@ def truncate_log(path: Path, step: int) -> None:
     if path.exists():
         lines = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
         write_text(path, "".join(line + "\n" for line in lines))
-
-
-def _scalars(config: dict) -> dict:
-    return {k: v if isinstance(v, (int, float, str, bool, NoneType)) else str(v) for k, v in config.items()}
