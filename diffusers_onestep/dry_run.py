@@ -9,6 +9,7 @@ import torch
 
 from .arguments import TrainArguments
 from .methods.base import Batch, Distiller, OneStepDistiller
+from .records import without_secret_settings
 from .trainer import Trainer
 
 
@@ -57,5 +58,6 @@ def run_summary(distiller: Distiller, args: TrainArguments, num_processes: int) 
         lines.append(f"  student at t = {where}, noise scaled by {distiller.init_noise_sigma:.6g}")
     own = {k: v for k, v in vars(distiller).items() if isinstance(v, (int, float, str, bool)) and k[0] != "_"}
     lines.append("  method: " + ", ".join(f"{k} {v}" for k, v in sorted(own.items())))
-    lines.append("  settings: " + ", ".join(f"{k} {v}" for k, v in sorted(asdict(args).items())))
+    settings = without_secret_settings(asdict(args))
+    lines.append("  settings: " + ", ".join(f"{k} {v}" for k, v in sorted(settings.items())))
     return "\n".join(lines)

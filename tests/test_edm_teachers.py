@@ -249,6 +249,8 @@ def test_dry_run_writes_nothing(script, flags, words, teacher_folder, tmp_path, 
         "--output_dir",
         str(tmp_path / "out"),
         "--dry_run",
+        "--hub_token",
+        "a-secret",
     ]
     monkeypatch.setattr(sys, "argv", [*argv, *flags])
     runpy.run_path(str(ROOT / "training" / f"{script}.py"), run_name="__main__")
@@ -256,4 +258,5 @@ def test_dry_run_writes_nothing(script, flags, words, teacher_folder, tmp_path, 
     parameters = sum(p.numel() for p in edm_network().parameters())
     for word in (*words, f"teacher: EDMUNet2DModel, {parameters:,} parameters", "step 2: 2 samples"):
         assert word in printed, word
+    assert "a-secret" not in printed
     assert not (tmp_path / "out").exists()
