@@ -17,9 +17,11 @@ from safetensors.torch import load_file
 from test_edm import GOLDEN, NETWORKS
 
 from diffusers_onestep import EDM2UNet2DModel, EDMSchedule, EDMUNet2DModel, OneStepPipeline, Teacher, convert
-from diffusers_onestep.checkpoints import UnsafeCheckpointError, read_checkpoint
 from diffusers_onestep.cli import main
-from diffusers_onestep.conversion import EDM_WRAPPERS, _guided_levels, adm_to_stock, guided_to_edm
+from diffusers_onestep.conversion.adm import adm_to_stock, stock_settings
+from diffusers_onestep.conversion.guided_diffusion import guided_levels, guided_to_edm
+from diffusers_onestep.conversion.kinds import EDM_WRAPPERS
+from diffusers_onestep.conversion.pickles import UnsafeCheckpointError, read_checkpoint
 
 DDPMPP = {"img_resolution": 8, "img_channels": 3, "label_dim": 4, "model_channels": 16, "channel_mult": [1, 2]}
 DDPMPP |= {"num_blocks": 1, "attn_resolutions": [4], "augment_dim": 9, "model_type": "SongUNet", "dropout": 0.13}
@@ -237,10 +239,10 @@ def test_levels_of_guided_diffusion_networks(mult, blocks, attention):
             state[f"output_blocks.{k}.1.qkv.weight"] = torch.zeros(48, 16, 1)
         if level and k % (blocks + 1) == blocks:
             state[f"output_blocks.{k}.{1 + attends}.in_layers.0.weight"] = torch.zeros(16)
-    assert _guided_levels(state, 16) == (mult, blocks)
+    assert guided_levels(state, 16) == (mult, blocks)
     state["input_blocks.99999999999.0.in_layers.0.weight"] = torch.zeros(16)  # nothing is counted up to it
     with pytest.raises(ValueError, match="with residual resampling"):
-        _guided_levels(state, 16)
+        guided_levels(state, 16)
 
 
 def to_guided(state, heads, new_order):
@@ -296,8 +298,6 @@ def test_stock_names_are_complete():
             num_class_embeds=1000,
         )
         renamed = adm_to_stock(ours.config, ours.state_dict())
-    from diffusers_onestep.conversion import stock_settings
-
     with torch.device("meta"):
         stock = UNet2DModel(**stock_settings(ours.config)).state_dict()
     assert {k: v.shape for k, v in renamed.items()} == {k: v.shape for k, v in stock.items()}

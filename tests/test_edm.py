@@ -10,7 +10,8 @@ from formula import formula_state, u
 from safetensors.torch import load_file
 
 from diffusers_onestep import Denoiser, EDM2UNet2DModel, EDMHeunScheduler, EDMSchedule, EDMUNet2DModel, NoiseSchedule
-from diffusers_onestep.conversion import EDM_WRAPPERS, edm2_settings, edm_settings, network_from_edm
+from diffusers_onestep.conversion.edm import edm2_settings, edm_settings, network_from_edm
+from diffusers_onestep.conversion.kinds import EDM_WRAPPERS
 from diffusers_onestep.sampling import sample
 from diffusers_onestep.schedules import iddpm_sigmas
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from test_edm import error
 
 from diffusers_onestep import Denoiser, EDM2UNet2DModel, EDMHeunScheduler, EDMSchedule, EDMUNet2DModel
-from diffusers_onestep.conversion import EDM_WRAPPERS, edm2_settings, edm_settings, network_from_edm
+from diffusers_onestep.conversion.edm import edm2_settings, edm_settings, network_from_edm
+from diffusers_onestep.conversion.kinds import EDM_WRAPPERS
 from diffusers_onestep.schedules import iddpm_sigmas
 
 SMALL = {"img_resolution": 8, "img_channels": 3, "label_dim": 4, "model_channels": 16, "channel_mult": [1, 2]}

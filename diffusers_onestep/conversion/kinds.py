@@ -1,0 +1,52 @@
+"""What a published file is: told by what it holds."""
+
+from pathlib import Path
+from typing import Any
+
+from .pickles import StoredModule
+
+KINDS = ("edm", "edm2", "guided-diffusion", "sid", "dmd2")
+LICENCES = {
+    "edm": ("cc-by-nc-sa-4.0", "EDM's weights are CC BY-NC-SA 4.0."),
+    "edm2": ("cc-by-nc-sa-4.0", "EDM2's weights are CC BY-NC-SA 4.0."),
+    "guided-diffusion": ("mit", "OpenAI's guided-diffusion weights are MIT."),
+    "sid": ("apache-2.0", "SiD's model card says Apache-2.0; its teachers, EDM's weights, are CC BY-NC-SA 4.0."),
+    "dmd2": ("cc-by-nc-4.0", "DMD2's weights are CC BY-NC 4.0."),
+}
+EDM_WRAPPERS = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve", "iDDPMPrecond": "iddpm"}
+STUDENT_WRAPPERS = ("EDMPrecond_EncoderDecoder", "EDM_2_Precond_EncoderDecoder", "EDM_2_Precond_Generator")
+EDM2_WRAPPERS = ("Precond", *STUDENT_WRAPPERS[1:])
+
+
+def kind_of(content: Any, file: Path) -> str:
+    """What a file is, by what it holds."""
+    if isinstance(content, dict) and isinstance(content.get("ema"), StoredModule):
+        name = content["ema"].class_name
+        if name in STUDENT_WRAPPERS:
+            return "sid"
+        if name == "Precond":
+            return "edm2"
+        if name in EDM_WRAPPERS:
+            if len(content) > 1 or name != "EDMPrecond" or file.name.startswith(("edm-", "baseline-")):
+                return "edm"
+            if "alpha" in str(file.absolute()) or "sid" in file.name.casefold():
+                return "sid"
+            raise ValueError(
+                f"`kind` must be given for {str(file)!r}, a lone EDMPrecond: 'edm' for a teacher, 'sid' for a "
+                "one-step student."
+            )
+        raise ValueError(f"`file` {str(file)!r} holds a {name!r}, which is none of {(*EDM_WRAPPERS, *EDM2_WRAPPERS)}.")
+    keys = set(content) if isinstance(content, dict) else set()
+    if "input_blocks.0.0.weight" in keys:
+        return "guided-diffusion"
+    if "model.map_layer0.weight" in keys or "conv_in.weight" in keys:
+        return "dmd2"
+    hints = {
+        "fake_unet.": "is the critic of a DMD2 run, which nobody samples from",
+        "real_unet.": "is the critic of a DMD2 run, which nobody samples from",
+        "lora": "is a LoRA, which diffusers loads itself: `pipe.load_lora_weights`",
+    }
+    for hint, meaning in hints.items():
+        if any(hint in key.casefold() for key in keys if isinstance(key, str)):
+            raise ValueError(f"`file` {str(file)!r} {meaning}.")
+    raise ValueError(f"`file` {str(file)!r} is readable, but is none of the kinds {KINDS}.")
