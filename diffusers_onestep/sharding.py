@@ -21,6 +21,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .arguments import DTYPES
+from .denoiser import Denoiser
 
 
 class Sharding:
@@ -93,6 +94,14 @@ class Sharding:
         for part in parts:
             if isinstance(part, FSDPModule):
                 part.reshard()
+
+
+def keep_input_dtypes(module: nn.Module) -> None:
+    """Let every `Denoiser` cast inputs to its network's dtype of now: a sharded network's weights change theirs while
+    they travel."""
+    for part in module.modules():
+        if isinstance(part, Denoiser):
+            part.input_dtype = next(part.network.parameters()).dtype
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -34,15 +34,22 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from .arguments import DTYPES, TrainArguments
-from .denoiser import Denoiser
 from .ema import HalfLifeEMA
-from .files import read_json, write_json, write_text
+from .files import write_json
 from .health import Health, draw_health, read_log
 from .hub import create_model_card
 from .lora import is_adapted, leave_dtypes_to_autocast
 from .methods.base import Batch, Distiller
 from .records import RUN_RECORD, run_record, without_secret_settings
-from .sharding import Sharding, gather, load_part, local, save_part, whole, without_weights
+from .run_folder import (
+    checkpoint_path,
+    checkpoints,
+    latest_checkpoint,
+    put_aside_old_numbers,
+    remove_checkpoint,
+    truncate_log,
+)
+from .sharding import Sharding, gather, keep_input_dtypes, load_part, local, save_part, whole, without_weights
 from .trackers import finish_trackers, log_picture, start_trackers
 
 logger = get_logger(__name__)
@@ -451,7 +458,7 @@ class Trainer:
         """The student, what its card is made of, and the card, by the main process; all ranks must call it."""
         with self.whole_student():
             if self.accelerator.is_main_process:
-                self._put_aside_old_numbers(folder)
+                put_aside_old_numbers(folder, self.step)
                 self.save_student(folder)
         if not self.accelerator.is_main_process:
             return
@@ -462,13 +469,6 @@ class Trainer:
         write_json(folder / RUN_RECORD, self._record | numbers | {"best_distance": self.best_distance})
         if (folder / "model_index.json").is_file():  # what is saved may be a part of a model
             create_model_card(folder)
-
-    def _put_aside_old_numbers(self, folder: Path) -> None:
-        """What was measured of this folder's student at another step says nothing of the one that comes."""
-        record, measured = folder / RUN_RECORD, folder / "metrics.json"
-        if record.is_file() and measured.is_file() and (step := read_json(record)["steps"]) != self.step:
-            measured.replace(folder / f"metrics-step-{step}.json")
-            (folder / "quality.png").unlink(missing_ok=True)
 
     @property
     def settings(self) -> dict:
@@ -611,14 +611,6 @@ def configure_networks(module: torch.nn.Module, autocast_dtype: torch.dtype | No
                 checkpoint_gradients(part.network)
 
 
-def keep_input_dtypes(module: torch.nn.Module) -> None:
-    """Let every `Denoiser` cast inputs to its network's dtype of now: a sharded network's weights change theirs while
-    they travel."""
-    for part in module.modules():
-        if isinstance(part, Denoiser):
-            part.input_dtype = next(part.network.parameters()).dtype
-
-
 def checkpoint_gradients(network: torch.nn.Module) -> None:
     """Let a network compute most activations again in the backward pass."""
     if not getattr(network, "_supports_gradient_checkpointing", False):
@@ -650,31 +642,3 @@ def average_gradients(
             for target, mean in zip(waiting, flat.split([g.numel() for g in waiting]), strict=True):
                 target.copy_(mean.view_as(target))
             waiting = []
-
-
-def checkpoint_path(output_dir: Path, step: int) -> Path:
-    return output_dir / "checkpoints" / f"step-{step:06d}"
-
-
-def checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted((Path(output_dir) / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
-
-
-def remove_checkpoint(path: Path) -> None:
-    """Hide it first: a checkpoint is complete or absent."""
-    hidden = path.with_name(f".{path.name}.removing")
-    shutil.rmtree(hidden, ignore_errors=True)
-    os.replace(path, hidden)
-    shutil.rmtree(hidden)
-
-
-def latest_checkpoint(output_dir: Path) -> Path | None:
-    return next(reversed(checkpoints(output_dir)), None)
-
-
-def truncate_log(path: Path, step: int) -> None:
-    """Drop what an interrupted run logged after `step`."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
-        write_text(path, "".join(line + "\n" for line in lines))

@@ -10,8 +10,8 @@ import torch
 from test_trainer import Scripted, arguments, batches_of
 
 from diffusers_onestep import train
+from diffusers_onestep.run_folder import checkpoints
 from diffusers_onestep.sampling import save_grid
-from diffusers_onestep.trainer import checkpoints
 
 TOKEN, SECRET = "hf_" + "a1B2" * 6, "the-value-of-a-secret-variable"
 

@@ -16,7 +16,8 @@ from diffusers_onestep import DMD, EDMSchedule, OneStepPipeline, SiD, Teacher, t
 from diffusers_onestep.arguments import TrainArguments
 from diffusers_onestep.data import Batches, Conditions
 from diffusers_onestep.methods.base import Distiller, Paper
-from diffusers_onestep.trainer import Trainer, checkpoints, latest_checkpoint
+from diffusers_onestep.run_folder import checkpoints, latest_checkpoint
+from diffusers_onestep.trainer import Trainer
 
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 

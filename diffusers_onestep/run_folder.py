@@ -1,0 +1,45 @@
+"""What a run leaves in its folder and finds there again: checkpoints, the log, old numbers."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from .files import read_json, write_text
+from .records import RUN_RECORD
+
+
+def checkpoint_path(output_dir: Path, step: int) -> Path:
+    return output_dir / "checkpoints" / f"step-{step:06d}"
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted((Path(output_dir) / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Hide it first: a checkpoint is complete or absent."""
+    hidden = path.with_name(f".{path.name}.removing")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.replace(path, hidden)
+    shutil.rmtree(hidden)
+
+
+def latest_checkpoint(output_dir: Path) -> Path | None:
+    return next(reversed(checkpoints(output_dir)), None)
+
+
+def truncate_log(path: Path, step: int) -> None:
+    """Drop what an interrupted run logged after `step`."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
+        write_text(path, "".join(line + "\n" for line in lines))
+
+
+def put_aside_old_numbers(folder: Path, step: int) -> None:
+    """What was measured of this folder's student at another step than `step` says nothing of the one that comes."""
+    record, measured = folder / RUN_RECORD, folder / "metrics.json"
+    if record.is_file() and measured.is_file() and (old := read_json(record)["steps"]) != step:
+        measured.replace(folder / f"metrics-step-{old}.json")
+        (folder / "quality.png").unlink(missing_ok=True)
