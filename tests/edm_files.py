@@ -30,16 +30,9 @@ def original_modules():
     """The two modules whose names the files hold, for as long as a file is written."""
     names = ("torch_utils", "torch_utils.persistence", "dnnlib", "dnnlib.util")
     modules = {name: types.ModuleType(name) for name in names}
-
-    def _reconstruct_persistent_obj(meta):
-        raise NotImplementedError
-
-    class EasyDict(dict):
-        pass
-
-    for member, name in ((_reconstruct_persistent_obj, names[1]), (EasyDict, names[3])):
-        member.__module__, member.__qualname__ = name, member.__name__
-        setattr(modules[name], member.__name__, member)
+    # a file names what rebuilds it and has nothing of it
+    for member, base, name in (("_reconstruct_persistent_obj", object, names[1]), ("EasyDict", dict, names[3])):
+        setattr(modules[name], member, type(member, (base,), {"__module__": name}))
     sys.modules.update(modules)
     try:
         yield modules
