@@ -205,7 +205,7 @@ def plan_step(network_config: dict, scheduler: Any, args: PlanArguments, vae_sca
         without_data([distiller.head.to("meta")])
     for denoiser in (distiller.teacher, distiller.student, distiller.fake_score):
         configure_networks(denoiser, DTYPES.get(args.mixed_precision), args.gradient_checkpointing)
-    return measure(distiller, batch, args)
+    return plan_distiller(distiller, batch, args)
 
 
 def networks_of(distiller: ScoreDistiller) -> list[nn.Module]:
@@ -214,8 +214,8 @@ def networks_of(distiller: ScoreDistiller) -> list[nn.Module]:
     return [distiller.teacher, distiller.student, distiller.fake_score, *heads]
 
 
-def measure(distiller: ScoreDistiller, batch: dict, args: PlanArguments) -> Plan:
-    """Run a step of a distiller, whose weights may be without data."""
+def plan_distiller(distiller: ScoreDistiller, batch: dict, args: PlanArguments) -> Plan:
+    """The same from a method and a batch: a step is run, with weights that may be without data."""
     networks = networks_of(distiller)
     parts = {name: list(part.parameters()) for name, part in distiller.trainable.items()}
     meter, optimizers = MemoryMeter(), {}

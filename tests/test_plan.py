@@ -18,7 +18,7 @@ from hub_server import LocalHub
 from diffusers_onestep import DMD, Denoiser, GuidedDenoiser, SiD, VPSchedule
 from diffusers_onestep.cli import main
 from diffusers_onestep.methods.dmd import GANHead
-from diffusers_onestep.plan import MemoryMeter, PlanArguments, example_cond, measure, plan, plan_step
+from diffusers_onestep.plan import MemoryMeter, PlanArguments, example_cond, plan, plan_distiller, plan_step
 from diffusers_onestep.trainer import checkpoint_gradients
 
 CONFIG = {
@@ -50,7 +50,7 @@ def real_step(args, **options):
     if args.gradient_checkpointing:
         for part in (distiller.teacher, distiller.student, distiller.fake_score):
             checkpoint_gradients(part.network)
-    return measure(distiller, {"batch_size": 2, "cond": cond, "x0": torch.zeros(2, 4, 16, 16)}, args)
+    return plan_distiller(distiller, {"batch_size": 2, "cond": cond, "x0": torch.zeros(2, 4, 16, 16)}, args)
 
 
 @pytest.mark.parametrize(
