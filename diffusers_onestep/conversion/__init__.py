@@ -84,8 +84,8 @@ def convert(
         }
         try:
             converted = read[kind](content, config)
-        except Exception as error:  # options of a hostile file can raise anything
-            if isinstance(error, ValueError) and str(error).startswith("`"):
+        except (ValueError, ArithmeticError, RuntimeError) as error:  # what numbers and shapes of a file can raise
+            if str(error).startswith("`"):
                 raise  # says what must be
             raise ValueError(
                 f"`file` {str(file)!r} holds no network of the kind {kind!r}: {first_line(error)}."

@@ -13,6 +13,7 @@ from ..schedules import VE_SIGMAS, VP_BETA_D, VP_BETA_MIN, VP_STEPS, iddpm_sigma
 from .adm import adm_network
 from .kinds import EDM2_WRAPPERS, EDM_WRAPPERS, STUDENT_WRAPPERS
 from .networks import Converted, State, load_network
+from .options import checked_options
 from .pickles import StoredModule
 
 EDM2_LATENTS = (
@@ -78,9 +79,6 @@ _IGNORED_OPTIONS = {"use_fp16", "sigma_min", "sigma_max", "epsilon_t"}
 _IGNORED_OPTIONS |= {"label_dropout", "logvar_channels", "force_normalization", "use_gan"}
 # what our schedules know no other values of
 _FIXED_OPTIONS = {"beta_d": VP_BETA_D, "beta_min": VP_BETA_MIN, "M": VP_STEPS, "C_1": 0.001, "C_2": 0.008}
-# numbers that no shape of a tensor tells, and their range
-_NUMBERS = {"sigma_data": (1e-3, 1e3), "dropout": (0, 1), "clip_act": (1e-3, 1e6)}
-_NUMBERS |= dict.fromkeys(("label_balance", "concat_balance", "res_balance", "attn_balance"), (0, 1))
 # option of EDM's and EDM2's constructors: name in our configs
 _EDM_NAMES = {
     "img_resolution": "sample_size",
@@ -98,7 +96,7 @@ _EDM2_NAMES |= {k: k for k in ("label_balance", "concat_balance", "res_balance",
 
 def edm_settings(options: Mapping[str, Any], preconditioning: str) -> tuple[dict[str, Any], float]:
     """Config of an `EDMUNet2DModel`, and `sigma_data`, from the options of a wrapper of EDM."""
-    options = dict(options)
+    options = checked_options({k: v for k, v in options.items() if k not in _IGNORED_OPTIONS})
     default = "SongUNet" if preconditioning in ("vp", "ve") else "DhariwalUNet"
     kind = str(options.pop("model_type", default)).removesuffix("_EncoderDecoder")
     if kind not in ("SongUNet", "DhariwalUNet"):
@@ -111,14 +109,16 @@ def edm_settings(options: Mapping[str, Any], preconditioning: str) -> tuple[dict
         settings = {"architecture": "ddpmpp", "model_channels": 128, "channel_mult": (1, 2, 2, 2)}
         settings |= {"layers_per_block": 4, "attention_resolutions": (16,)}
     settings |= {"channel_mult_emb": 4, "dropout": 0.1}
-    sigma_data = _common(settings, options, _EDM_NAMES)
-    settings["augment_dim"] = int(options.pop("augment_dim", 0) or 0)
+    sigma_data = _take_common(settings, options, _EDM_NAMES)
+    if not isinstance(settings["channel_mult_emb"], int):
+        raise ValueError(f"`channel_mult_emb` must be a whole number, but is {settings['channel_mult_emb']!r}.")
+    settings["augment_dim"] = options.pop("augment_dim", 0) or 0
     if preconditioning == "iddpm":
         settings["out_channels"] = 2 * settings["in_channels"]
     if not adm:
         given = {"embedding_type": "positional", "channel_mult_noise": 1, "encoder_type": "standard"}
         given |= {"decoder_type": "standard", "resample_filter": (1, 1)}
-        given |= {k: _plain(options.pop(k)) for k in _SONG_NAMES if k in options}
+        given |= {k: options.pop(k) for k in _SONG_NAMES if k in options}
         ncsnpp = ARCHITECTURES["ncsnpp"]
         settings["decoder_type"] = given.pop("decoder_type")
         named = ("embedding", "noise_channels", "encoder", "taps")
@@ -133,40 +133,27 @@ def edm_settings(options: Mapping[str, Any], preconditioning: str) -> tuple[dict
 
 def edm2_settings(options: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
     """Config of an `EDM2UNet2DModel`, and `sigma_data`, from the options of a wrapper of EDM2."""
-    options, settings = dict(options), {}
+    options = checked_options({k: v for k, v in options.items() if k not in _IGNORED_OPTIONS})
+    settings: dict[str, Any] = {}
     options.pop("model_type", None)
-    if tuple(options.pop("resample_filter", (1, 1))) != (1, 1):
+    if options.pop("resample_filter", (1, 1)) != (1, 1):
         raise ValueError("`resample_filter` of an EDM2 network must be [1, 1].")
-    sigma_data = _common(settings, options, _EDM2_NAMES)
+    sigma_data = _take_common(settings, options, _EDM2_NAMES)
     if options:
         raise ValueError(f"`file` has options that no network of EDM2 knows: {sorted(map(str, options))}.")
     return settings, sigma_data
 
 
-def _common(settings: dict[str, Any], options: dict[str, Any], names: Mapping[str, str]) -> float:
-    for key in _IGNORED_OPTIONS & options.keys():
-        del options[key]
+def _take_common(settings: dict[str, Any], options: dict[str, Any], names: Mapping[str, str]) -> float:
+    """Move what EDM and EDM2 have in common from the options to the settings; returns `sigma_data`."""
     for key in _FIXED_OPTIONS.keys() & options.keys():
-        if (value := _plain(options.pop(key))) != _FIXED_OPTIONS[key]:
+        if (value := options.pop(key)) != _FIXED_OPTIONS[key]:
             raise ValueError(f"`file` must have {_FIXED_OPTIONS[key]} as its option {key!r}, but has {value!r}.")
-    for key in _NUMBERS.keys() & options.keys():
-        value, (low, high) = _plain(options[key]), _NUMBERS[key]
-        if not isinstance(value, (int, float)) or not low <= value <= high:
-            raise ValueError(f"`file` must have a number in [{low}, {high}] as its option {key!r}, but has {value!r}.")
     for key in ("img_resolution", "img_channels"):
         if key not in options:
             raise ValueError(f"`file` must state the option {key!r}, but does not.")
-    channels = _plain(options.pop("img_channels"))
+    channels = options.pop("img_channels")
     settings |= {"in_channels": channels, "out_channels": channels}
-    settings["num_class_embeds"] = _plain(options.pop("label_dim", 0)) or None
-    settings |= {names[k]: _plain(options.pop(k)) for k in list(options) if k in names}
-    return float(_plain(options.pop("sigma_data", 0.5)))
-
-
-def _plain(value: Any) -> Any:
-    """A number, a short text or a tuple of numbers: what options may be."""
-    if isinstance(value, (list, tuple)) and len(value) <= 16:
-        return tuple(_plain(v) for v in value) if not any(isinstance(v, (list, tuple)) for v in value) else None
-    if isinstance(value, (int, float, type(None))) or (isinstance(value, str) and len(value) < 40):
-        return value
-    raise ValueError(f"`file` has an option that is a {type(value).__name__}.")
+    settings["num_class_embeds"] = options.pop("label_dim", 0) or None
+    settings |= {names[k]: options.pop(k) for k in list(options) if k in names}
+    return float(options.pop("sigma_data", 0.5))

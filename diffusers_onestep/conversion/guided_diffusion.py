@@ -8,6 +8,7 @@ from diffusers import DDPMScheduler
 
 from .adm import adm_network
 from .networks import Converted, State, check_size
+from .options import checked_options
 
 # by (num_channels, channel_mult, num_res_blocks): what the files of guided-diffusion do not say themselves
 GUIDED_DIFFUSION = {
@@ -23,7 +24,8 @@ def guided_diffusion_network(content: Any, config: dict[str, Any]) -> Converted:
     file of this shape, or of `config` (`image_size`, `num_heads` or `num_head_channels`, `use_new_attention_order`,
     `noise_schedule`, `attention_resolutions`, `dropout`)."""
     state: State = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)}
-    if "time_embed.0.weight" not in state or "input_blocks.0.0.weight" not in state:
+    known_by = ("time_embed.0.weight", "input_blocks.0.0.weight", "out.2.weight")
+    if not all(key in state and state[key].ndim > 1 for key in known_by):
         raise ValueError("`file` must be a state dict of guided-diffusion, but is not.")
     channels = state["time_embed.0.weight"].shape[1]
     mult, blocks = guided_levels(state, channels)
@@ -31,6 +33,9 @@ def guided_diffusion_network(content: Any, config: dict[str, Any]) -> Converted:
     known = {"image_size", "num_heads", "num_head_channels", "noise_schedule", "dropout", *names}
     if unknown := config.keys() - known:
         raise ValueError(f"`config` must have keys of {sorted(known)}, but has {sorted(unknown)}.")
+    if isinstance(config.get("attention_resolutions"), str):
+        config |= {"attention_resolutions": [int(n) for n in config["attention_resolutions"].split(",")]}
+    config = checked_options(config)
     published = GUIDED_DIFFUSION.get((channels, mult, blocks), {})
     flags = published | {names.get(k, k): v for k, v in config.items()}
     if "image_size" not in flags:
@@ -38,9 +43,6 @@ def guided_diffusion_network(content: Any, config: dict[str, Any]) -> Converted:
             f"`config` must be given for a network of {channels} channels, levels {mult} and {blocks} blocks, which "
             f"is none of the published ones: with `image_size`, and others of {sorted(known)}."
         )
-    attention = flags.get("attention", (32, 16, 8))
-    if isinstance(attention, str):
-        attention = tuple(int(n) for n in attention.split(","))
     out_channels, in_channels = state["out.2.weight"].shape[0], state["input_blocks.0.0.weight"].shape[1]
     if out_channels != 2 * in_channels and not config:
         raise ValueError(
@@ -58,13 +60,16 @@ def guided_diffusion_network(content: Any, config: dict[str, Any]) -> Converted:
         "channel_mult": mult,
         "channel_mult_emb": 4,
         "layers_per_block": blocks,
-        "attention_resolutions": tuple(attention),
+        "attention_resolutions": flags.get("attention", (32, 16, 8)),
         "num_attention_heads": flags.get("num_heads"),
         "dropout": flags.get("dropout", 0.0),
         "num_class_embeds": state["label_emb.weight"].shape[0] if "label_emb.weight" in state else None,
     }
     check_size(settings, state)
-    renamed = guided_to_edm(settings, state, bool(flags.get("new_attention_order")))
+    try:
+        renamed = guided_to_edm(settings, state, bool(flags.get("new_attention_order")))
+    except LookupError as error:  # a name without a place, a tensor with too few dimensions
+        raise ValueError("`file` has tensors that no U-Net of guided-diffusion of its size has.") from error
     cosine = flags.get("noise_schedule", "linear") == "cosine"
     scheduler = DDPMScheduler(
         beta_schedule="squaredcos_cap_v2" if cosine else "linear",
@@ -81,7 +86,7 @@ def guided_levels(state: State, channels: int) -> tuple[tuple[float, ...], int]:
     count = 1 + sum(name[0] == "input_blocks" for name in names)
     convolutions = [f"input_blocks.{k}.0.out_layers.3.weight" for k in range(1, count)]
     blocks = count // levels - 1  # the convolution or a downsampling block goes before those of a level
-    if count % levels or blocks < 1 or not all(key in state for key in convolutions):
+    if count % levels or blocks < 1 or not all(key in state and state[key].ndim for key in convolutions):
         raise ValueError(
             "`file` must be a U-Net of guided-diffusion with residual resampling, but its blocks are others."
         )

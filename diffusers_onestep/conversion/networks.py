@@ -53,12 +53,15 @@ def load_network(cls: type[ModelMixin], settings: Mapping[str, Any], state: Stat
 
 
 def check_size(settings: Mapping[str, Any], state: State) -> None:
-    # a config may state anything: nothing is built that has more parts than the file has tensors
+    """Raise a `ValueError` for sizes of which no network can be: a config may state anything, and nothing is built
+    that has more parts than the file has tensors."""
     levels, blocks = settings.get("channel_mult", (1, 2, 3, 4)), settings.get("layers_per_block", 3)
     size = settings.get("sample_size")
     whole = (blocks, size, settings["in_channels"], settings.get("model_channels", 1))
     if not all(isinstance(n, int) and 0 < n < 1 << 20 for n in whole) or not isinstance(levels, tuple) or not levels:
         raise ValueError(f"`file` has a config of unusable sizes: {dict(settings)}.")
+    if any(int(settings.get("model_channels", 192) * m) < 4 for m in levels):  # a group has 4 channels
+        raise ValueError(f"`file` must have levels of at least 4 channels, but has {levels} times {whole[-1]}.")
     if len(levels) * blocks > len(state):
         raise ValueError(f"`file` does not fit its config: {len(state)} tensors for {len(levels)} x {blocks} blocks.")
 

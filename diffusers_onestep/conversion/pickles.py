@@ -46,7 +46,7 @@ class StoredModule:
         """The arguments that the object was made with."""
         args, kwargs = self.state.get("_init_args", ()), self.state.get("_init_kwargs", {})
         names = ("img_resolution", "img_channels", "label_dim")
-        if not isinstance(kwargs, dict) or len(args) > len(names):
+        if not isinstance(kwargs, dict) or not isinstance(args, (list, tuple)) or len(args) > len(names):
             raise ValueError(f"the arguments of {self.class_name!r} are not readable")
         return dict(zip(names, args, strict=False)) | kwargs
 
@@ -60,7 +60,8 @@ class StoredModule:
             seen += 1
             if not isinstance(module, StoredModule) or depth > _MAX_DEPTH or seen > _MAX_MODULES:
                 raise ValueError(f"the module {prefix.rstrip('.')!r} is not readable")
-            hidden = module.state.get("_non_persistent_buffers_set") or ()
+            hidden = module.state.get("_non_persistent_buffers_set")
+            hidden = hidden if isinstance(hidden, set) else ()
             for kind in ("_parameters", "_buffers"):
                 for name, tensor in _items(module.state.get(kind), prefix):
                     if isinstance(tensor, torch.Tensor) and name not in hidden:
