@@ -91,6 +91,7 @@ class Metrics:
     latency: float | None = None  # seconds of one image by itself
     reference: str | None = None
     num_reference: int | None = None
+    resolution: list[int] | None = None  # height and width of the images, in pixels
     scores: dict[str, Score] = field(default_factory=dict)  # by name, such as KID-fashion
 
     def __post_init__(self):
@@ -107,6 +108,7 @@ class Generated:
     seed: int
     images_per_second: float
     latency: float
+    resolution: list[int]
     extractor: Extractor
     features: torch.Tensor
     logits: torch.Tensor | None
@@ -287,7 +289,7 @@ def generate(
     noise, cond = conditions(pipeline, num_samples, seed, prompts, resolution)
     one = range(1)
     with evaluations_of(network_of(pipeline)) as seen:
-        run(noise[:1], part_of(cond, one), torch.Generator().manual_seed(seed))  # warm-up
+        image = run(noise[:1], part_of(cond, one), torch.Generator().manual_seed(seed))  # warm-up
     nfe, latencies, timed = seen[0], [], []
     for _ in range(LATENCY_CALLS):
         started = time.perf_counter()
@@ -310,9 +312,8 @@ def generate(
     latency = sorted(latencies)[LATENCY_CALLS // 2]
     kinds = len(prompts) if prompts is not None else pipeline.num_labels or 1
     groups = torch.arange(num_samples) % kinds if num_samples > kinds else None
-    return Generated(
-        name, nfe, seed, speed, latency, extractor, features, logits, groups, cond.get("prompt"), cosines, clip
-    )
+    size, asked = list(image.shape[-2:]), cond.get("prompt")
+    return Generated(name, nfe, seed, speed, latency, size, extractor, features, logits, groups, asked, cosines, clip)
 
 
 def measure(
@@ -373,6 +374,7 @@ def measure(
         samples.latency,
         reference.source if reference else None,
         reference.num_images if reference else None,
+        samples.resolution,
         scores,
     )
 

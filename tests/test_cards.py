@@ -148,6 +148,10 @@ def test_metrics_become_model_index_results_and_only_the_students(folder):
     (result,) = card.data.eval_results
     assert (result.metric_value, result.metric_type, result.metric_args["nfe"]) == (0.5, "fd-fashion", 1)
     assert "| teacher | 50 | 1.5" in card.text and "Not measured: FID" in card.text
+    assert "Measured on h" in card.text  # rows of before `resolution`
+    about["results"] = [row | {"resolution": [16, 24]} for row in rows]
+    (folder / "metrics.json").write_text(json.dumps(about))
+    assert "Measured on images of 16 x 24 pixels, on h" in create_model_card(folder).read_text()
 
 
 def test_what_is_not_recorded_is_not_invented(folder, tmp_path):

@@ -94,6 +94,7 @@ def test_models_of_several_steps_are_measured_at_the_fitted_ones(tmp_path):
     flags = ["--model", tmp_path / "model", "--num_samples", 10, "--batch_size", 10, "--output_dir", tmp_path / "out"]
     run(script("evaluate.py", *flags))
     (row,) = json.loads((tmp_path / "out" / "metrics.json").read_text())["results"]
+    assert row["resolution"] == [32, 32]
     assert row["nfe"] == 3 and row["error"] > 0 and len(row["extractor"]) == 16
 
 
