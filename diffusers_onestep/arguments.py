@@ -31,10 +31,13 @@ class HubArguments:
     """Flags of everything that can push what it wrote."""
 
     push_to_hub: bool = field(default=False, metadata={"help": "Push the result, with its card, when it is done."})
-    hub_model_id: str | None = field(default=None, metadata={"help": "Default: the name of the pushed folder."})
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Repository to push to; default: named as the pushed folder."}
+    )
     hub_private_repo: bool = field(default=False, metadata={"help": "Make the repository private, if it is new."})
     hub_token: str | None = field(
-        default=None, metadata={"help": "Better not on the command line: default is HF_TOKEN or `hf auth login`."}
+        default=None,
+        metadata={"help": "Token to push with, better not given here; default: HF_TOKEN or that of `hf auth login`."},
     )
 
     def repo_id(self, folder: str | Path) -> str:
@@ -69,11 +72,15 @@ class TrainArguments(HubArguments):
         default=None, metadata={"help": "Samples per optimiser step over all ranks; sets gradient_accumulation_steps."}
     )
     max_train_steps: int = field(default=1000, metadata={"help": "Student updates."})
-    learning_rate: float = field(default=1e-5, metadata={"help": "Of the student."})
-    fake_score_learning_rate: float | None = field(default=None, metadata={"help": "Default: `learning_rate`."})
-    optimizer: str = field(default="adamw", metadata={"help": "adamw, radam or adamw8bit (bitsandbytes)."})
+    learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the student."})
+    fake_score_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the fake score; default: `learning_rate`."}
+    )
+    optimizer: str = field(default="adamw", metadata={"help": "adamw, radam or adamw8bit (bitsandbytes, on a GPU)."})
     adam_beta1: float = field(default=0.9, metadata={"help": "Adam's first beta."})
-    student_adam_beta1: float | None = field(default=None, metadata={"help": "Default: `adam_beta1`."})
+    student_adam_beta1: float | None = field(
+        default=None, metadata={"help": "Adam's first beta for the student alone; default: `adam_beta1`."}
+    )
     adam_beta2: float = field(default=0.999, metadata={"help": "Adam's second beta."})
     adam_epsilon: float = field(default=1e-8, metadata={"help": "Adam's epsilon."})
     adam_weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay."})
@@ -81,15 +88,24 @@ class TrainArguments(HubArguments):
         default="constant_with_warmup", metadata={"help": "A name that `diffusers.optimization` knows."}
     )
     lr_warmup_steps: int = field(default=0, metadata={"help": "Student updates of linear warm-up."})
-    max_grad_norm: float | None = field(default=None, metadata={"help": "Default: the method's; 0 means no clipping."})
-    ema_halflife_kimg: float = field(default=0.0, metadata={"help": "Half-life in 1000 images; 0 means no EMA."})
-    ema_rampup_ratio: float = field(default=0.05, metadata={"help": "Half-life is at most this part of images seen."})
+    max_grad_norm: float | None = field(
+        default=None, metadata={"help": "Clip gradients to this norm; default: the method's; 0: no clipping."}
+    )
+    ema_halflife_kimg: float = field(
+        default=0.0,
+        metadata={"help": "Half-life, in 1000 images, of the average of the student's weights; 0: no average."},
+    )
+    ema_rampup_ratio: float = field(
+        default=0.05, metadata={"help": "Half-life is at most this part of the images seen."}
+    )
     mixed_precision: str | None = field(
         default=None, metadata={"help": "no, bf16 or fp16; weights stay float32. Default: the launcher's."}
     )
     checkpointing_steps: int = field(default=500, metadata={"help": "Write a checkpoint every so many steps."})
-    checkpoints_total_limit: int | None = field(default=2, metadata={"help": "Keep only the newest ones."})
-    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "'latest' or a checkpoint's folder."})
+    checkpoints_total_limit: int | None = field(default=2, metadata={"help": "Keep so many checkpoints, the newest."})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "Go on from a checkpoint: 'latest' of output_dir, or a folder."}
+    )
     validation_steps: int = field(
         default=0, metadata={"help": "Write samples.png and health.png every so many steps; 0: at the end."}
     )
@@ -97,24 +113,27 @@ class TrainArguments(HubArguments):
         default=0, metadata={"help": "Samples of the live distance, diversity and saturation; 0: none of them."}
     )
     validation_extractor: str | None = field(
-        default=None, metadata={"help": "Of the live distance; default: fashion for 1x32x32, else effnet-lite0."}
+        default=None,
+        metadata={"help": "Network of the live distance; default: fashion for 1x32x32, else effnet-lite0."},
     )
     validation_reference: str | None = field(
         default=None,
-        metadata={"help": "Of the live distance; default: Fashion-MNIST for 1x32x32, else the teacher's images."},
+        metadata={"help": "Images of the live distance; default: Fashion-MNIST for 1x32x32, else the teacher's."},
     )
     stop_on_divergence: bool = field(
         default=False, metadata={"help": "When a health warning comes, write a checkpoint and stop."}
     )
     logging_steps: int = field(default=10, metadata={"help": "Write log.jsonl and trackers every so many steps."})
     report_to: str | None = field(
-        default=None, metadata={"help": "tensorboard, wandb, trackio, several with commas, or all that are there."}
+        default=None,
+        metadata={"help": "tensorboard, wandb, trackio, several with commas, or all; default: log.jsonl alone."},
     )
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Keep few activations and compute the others again in the backward pass."}
     )
     teacher_dtype: str | None = field(
-        default=None, metadata={"help": "Of the frozen weights: fp32, bf16 or fp16. Default: as they are stored."}
+        default=None,
+        metadata={"help": "fp32, bf16 or fp16 of the teacher's frozen weights; default: as they are stored."},
     )
     offload_teacher: bool = field(
         default=False, metadata={"help": "Keep the teacher in the CPU's memory while it is not needed."}
@@ -122,7 +141,9 @@ class TrainArguments(HubArguments):
     dry_run: bool = field(
         default=False, metadata={"help": "Print the plan, take two steps of a tiny batch, and write nothing."}
     )
-    cpu_threads: int | None = field(default=None, metadata={"help": "torch.set_num_threads, if given."})
+    cpu_threads: int | None = field(
+        default=None, metadata={"help": "Threads of a process on the CPU; default: torch's."}
+    )
 
     def __post_init__(self):
         for name in _AT_LEAST_ONE:

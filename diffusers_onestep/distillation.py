@@ -43,21 +43,34 @@ class TeacherArguments(TrainArguments):
     """Flags of everything that learns from a teacher."""
 
     pretrained_teacher_model: str = field(kw_only=True, metadata={"help": "A Hub id, a folder or a shipped name."})
-    revision: str | None = field(default=None, metadata={"help": "Of the teacher's repository."})
-    variant: str | None = field(default=None, metadata={"help": "Of the teacher's weights, such as fp16."})
-    guidance_scale: float = field(default=1.0, metadata={"help": "Of the teacher; the student bakes it in."})
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the teacher's repository; default: main."}
+    )
+    variant: str | None = field(
+        default=None,
+        metadata={"help": "Variant of the teacher's weight files, such as fp16; default: the plain ones."},
+    )
+    guidance_scale: float = field(
+        default=1.0, metadata={"help": "Guidance of the teacher, which the student bakes in; 1.0: off."}
+    )
     prompts: str | None = field(default=None, metadata={"help": "Text-to-image: a file of prompts, one a line."})
     dataset_name: str | None = field(
         default=None, metadata={"help": "Text-to-image: a data set of captions (and images), instead of `prompts`."}
     )
-    dataset_split: str = field(default="train", metadata={"help": "Of `dataset_name`."})
-    caption_column: str | None = field(default=None, metadata={"help": "Default: text, caption or the only one."})
-    image_column: str | None = field(default=None, metadata={"help": "Default: image or the only one."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of `dataset_name`."})
+    caption_column: str | None = field(
+        default=None, metadata={"help": "Column of captions; default: text, caption, prompt or the only one of texts."}
+    )
+    image_column: str | None = field(
+        default=None, metadata={"help": "Column of images; default: image or the only one of images."}
+    )
     resolution: int | None = field(
         default=None, metadata={"help": "Text-to-image: height and width in pixels. Default: the teacher's."}
     )
     embedded_guidance: float = field(default=3.5, metadata={"help": "What FLUX.1-dev's guidance embedding is fed."})
-    cache_dir: str = field(default=DEFAULT_CACHE, metadata={"help": "Of text embeddings and latents."})
+    cache_dir: str = field(
+        default=DEFAULT_CACHE, metadata={"help": "Folder that keeps text embeddings and latents for later runs."}
+    )
     encoding_batch_size: int = field(default=16, metadata={"help": "Prompts or images encoded at a time."})
 
     def load_teacher(self) -> Teacher:
@@ -114,7 +127,12 @@ class TeacherArguments(TrainArguments):
 class StudentArguments(TeacherArguments):
     """Flags of one-step students."""
 
-    student_init: str | None = field(default=None, metadata={"help": "Model that the student starts as."})
+    student_init: str | None = field(
+        default=None,
+        metadata={
+            "help": "Model that the student starts as, a Hub id, a folder or a shipped name; default: the teacher."
+        },
+    )
     start_ratio: float | None = field(
         default=None, metadata={"help": "sigma / alpha that the student starts from; default: the method's."}
     )
@@ -151,15 +169,23 @@ class DistillationArguments(StudentArguments):
     """Flags of score distillation."""
 
     student_timesteps: list[float] | None = field(
-        default=None, metadata={"help": "Timesteps themselves, noisiest first; several: a few-step student."}
+        default=None,
+        metadata={"help": "Instead of start_ratio: the timesteps, noisiest first; several: a few-step student."},
     )
     fake_score_updates: int = field(default=1, metadata={"help": "Fake-score updates per student update."})
     lora_rank: int | None = field(
-        default=None, metadata={"help": "Train student and fake score as adapters on the teacher's own weights."}
+        default=None,
+        metadata={"help": "Train adapters of this rank on the teacher's weights; default: whole networks."},
     )
-    lora_alpha: float | None = field(default=None, metadata={"help": "Default: `lora_rank`, a scale of 1."})
+    lora_alpha: float | None = field(
+        default=None,
+        metadata={"help": "Adapters are scaled by lora_alpha / lora_rank; default: `lora_rank`, a scale of 1."},
+    )
     lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Ends of layer names; default: all layers wider than the rank."}
+        default=None,
+        metadata={
+            "help": "Layers with an adapter, by the ends of their names; default: all that are wider than the rank."
+        },
     )
 
     def __post_init__(self):

@@ -51,10 +51,14 @@ class PlanArguments(DistillationArguments):
     """The flags of a training script that decide about memory and time, and three more."""
 
     output_dir: str = field(default="", metadata={"help": "Ignored."})
-    method: str = field(default="sid", metadata={"help": "sid or dmd."})
+    method: str = field(default="sid", metadata={"help": "Method that is planned: sid or dmd."})
     resolution: int | None = field(default=None, metadata={"help": "Pixels on a side; default: the teacher's own."})
-    sequential: bool = field(default=False, metadata={"help": "Of SiD: one score network's activations at a time."})
-    kappas: list[float] | None = field(default=None, metadata={"help": "Of SiD: its long and short guidance."})
+    sequential: bool = field(
+        default=False, metadata={"help": "Of SiD: keep one score network's activations at a time."}
+    )
+    kappas: list[float] | None = field(
+        default=None, metadata={"help": "Of SiD: SiD-LSG's guidance, as for train_sid.py."}
+    )
     gan_weight: float = field(default=0.0, metadata={"help": "Of DMD: not 0 for DMD2's GAN branch."})
     device: str = field(default="cuda", metadata={"help": "cuda or cpu: where the step is to run."})
 

@@ -59,44 +59,57 @@ class EvaluateArguments(HubArguments):
     output_dir: str | None = field(
         default=None, metadata={"help": "Where the numbers and pictures go; default: the first student's folder."}
     )
-    pretrained_teacher_model: str | None = field(default=None, metadata={"help": "Their teacher."})
+    pretrained_teacher_model: str | None = field(
+        default=None,
+        metadata={"help": "Teacher to measure them against, a Hub id, a folder or a shipped name; default: none."},
+    )
     teacher_steps: list[int] = field(
         default_factory=lambda: [1, 2, 5, 10, 20, 50], metadata={"help": "Steps at which to sample the teacher."}
     )
     guidance_scale: list[float] = field(
-        default_factory=lambda: [1.0], metadata={"help": "Of the teacher; several make a row each; 1.0 is off."}
+        default_factory=lambda: [1.0],
+        metadata={"help": "Guidance of the teacher; several make a row each; 1.0: off."},
     )
     num_inference_steps: list[int] | None = field(
         default=None, metadata={"help": "Steps of models that are no one-step students; default: the fitted ones."}
     )
-    num_samples: int = field(default=10_000, metadata={"help": "A distance is comparable only at the same number."})
+    num_samples: int = field(
+        default=10_000, metadata={"help": "Images of each model; a distance is comparable only at the same number."}
+    )
     batch_size: int = field(default=250, metadata={"help": "Samples at a time."})
     metrics: list[str] = field(
-        default_factory=lambda: ["fd"], metadata={"help": f"Of {', '.join(METRICS)}; the first is plotted."}
+        default_factory=lambda: ["fd"], metadata={"help": f"Some of {', '.join(METRICS)}; the first is plotted."}
     )
-    extractor: str = field(default="fashion", metadata={"help": f"One of {', '.join(sorted(EXTRACTORS))}."})
+    extractor: str = field(
+        default="fashion", metadata={"help": f"Network whose features are compared: {', '.join(sorted(EXTRACTORS))}."}
+    )
     extractor_weights: str | None = field(
-        default=None, metadata={"help": "A file for Inception, a Hub id or folder for DINOv2 and CLIP."}
+        default=None,
+        metadata={"help": "A file for Inception, a Hub id or folder for DINOv2 and CLIP; default: the usual ones."},
     )
-    clip_model: str | None = field(default=None, metadata={"help": "Hub id or folder of the CLIP score's network."})
+    clip_model: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of the CLIP score's network, for the metric clip_score."}
+    )
     reference: str | None = field(
         default=None,
         metadata={"help": "File of make_reference.py, .npz of EDM or ADM, or a data set; default: Fashion-MNIST's."},
     )
-    reference_split: str = field(default="test", metadata={"help": "Of a data set."})
+    reference_split: str = field(default="test", metadata={"help": "Split of a `reference` that is a data set."})
     prompts: str | None = field(
         default=None,
-        metadata={"help": "Of text-to-image models: a file, one a line; default: the reference's captions."},
+        metadata={"help": "Text-to-image: a file of prompts, one a line; default: the reference's captions."},
     )
     resolution: int | None = field(
-        default=None, metadata={"help": "Of text-to-image models: height and width in pixels; default: their own."}
+        default=None, metadata={"help": "Text-to-image: height and width in pixels; default: the models' own."}
     )
     embedded_guidance: float | None = field(
         default=None,
         metadata={"help": "What FLUX.1-dev's guidance embedding is fed; default: 3.5, and what a student has."},
     )
-    mixed_precision: str | None = field(default=None, metadata={"help": "bf16 or fp16: of the networks' calls."})
-    seed: int = field(default=0, metadata={"help": "Of the noises."})
+    mixed_precision: str | None = field(
+        default=None, metadata={"help": "no, bf16 or fp16 of the networks' calls; default: the launcher's."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the noises."})
 
 
 def model_steps(pipeline: DiffusionPipeline, args: EvaluateArguments) -> list[int | None]:

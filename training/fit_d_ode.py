@@ -38,20 +38,39 @@ class FitArguments(HubArguments):
     output_dir: str = field(metadata={"help": "Where the scheduler goes; tables there are kept beside the new ones."})
     solver: str = field(metadata={"help": f"One of {', '.join(SOLVERS)}."})
     num_inference_steps: list[int] = field(metadata={"help": "Numbers of steps to fit."})
-    solver_order: int | None = field(default=None, metadata={"help": "Of dpmsolver and deis; default: diffusers'."})
-    revision: str | None = field(default=None, metadata={"help": "Of the teacher's repository."})
-    variant: str | None = field(default=None, metadata={"help": "Of the teacher's weights, such as fp16."})
-    num_samples: int = field(default=100, metadata={"help": "Noises of the fit; paper: 20 to 100."})
-    num_holdout_samples: int = field(default=100, metadata={"help": "Noises of the acceptance gate."})
+    solver_order: int | None = field(
+        default=None, metadata={"help": "Order of dpmsolver and deis; default: diffusers'."}
+    )
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the teacher's repository; default: main."}
+    )
+    variant: str | None = field(
+        default=None,
+        metadata={"help": "Variant of the teacher's weight files, such as fp16; default: the plain ones."},
+    )
+    num_samples: int = field(default=100, metadata={"help": "Noises that numbers are fitted to; paper: 20 to 100."})
+    num_holdout_samples: int = field(
+        default=100, metadata={"help": "Other noises, on which the fit must beat its solver to be kept."}
+    )
     batch_size: int = field(default=100, metadata={"help": "Samples at a time on one device."})
     scale: int = field(default=10, metadata={"help": "Teacher's steps per step; paper: 10."})
-    directions: int = field(default=1, metadata={"help": "2: an extension that fits two numbers per call."})
-    prompts: str | None = field(default=None, metadata={"help": "File of prompts, one a line, taken in turn."})
-    resolution: int | None = field(default=None, metadata={"help": "Of a text-to-image teacher, in pixels."})
+    directions: int = field(
+        default=1, metadata={"help": "Numbers per network call: 1, the paper's, or 2, an extension."}
+    )
+    prompts: str | None = field(
+        default=None, metadata={"help": "Text-to-image: a file of prompts, one a line, taken in turn."}
+    )
+    resolution: int | None = field(
+        default=None, metadata={"help": "Text-to-image: height and width in pixels; default: the teacher's."}
+    )
     embedded_guidance: float = field(default=3.5, metadata={"help": "What FLUX.1-dev's guidance embedding is fed."})
-    guidance_scale: float = field(default=1.0, metadata={"help": "Exactly as at inference."})
-    seed: int = field(default=0, metadata={"help": "Of the noises."})
-    mixed_precision: str | None = field(default=None, metadata={"help": "bf16 or fp16: of the network's calls."})
+    guidance_scale: float = field(
+        default=1.0, metadata={"help": "Guidance of the teacher, exactly as at inference; 1.0: off."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the noises."})
+    mixed_precision: str | None = field(
+        default=None, metadata={"help": "no, bf16 or fp16 of the network's calls; default: the launcher's."}
+    )
     save_pipeline: bool = field(default=False, metadata={"help": "Write the teacher's weights beside the scheduler."})
 
 

@@ -23,14 +23,20 @@ from diffusers_onestep.trainer import sample_generators
 @dataclass
 class PairArguments:
     pretrained_teacher_model: str = field(metadata={"help": "A Hub id, a folder or a shipped name."})
-    output_dir: str = field(metadata={"help": "Folder of the data set."})
-    num_pairs: int = field(default=10_000, metadata={"help": "Paper: 25,000 to 500,000."})
+    output_dir: str = field(metadata={"help": "New folder of the data set."})
+    num_pairs: int = field(default=10_000, metadata={"help": "Pairs to make; paper: 25,000 to 500,000."})
     num_inference_steps: int = field(default=50, metadata={"help": "Steps of the teacher's solver."})
-    guidance_scale: float = field(default=1.0, metadata={"help": "As the student's training will have it."})
-    prompts: str | None = field(default=None, metadata={"help": "File of prompts, one a line, taken in turn."})
-    resolution: int | None = field(default=None, metadata={"help": "Of a text-to-image teacher, in pixels."})
+    guidance_scale: float = field(
+        default=1.0, metadata={"help": "Guidance of the teacher, as the student's training will have it; 1.0: off."}
+    )
+    prompts: str | None = field(
+        default=None, metadata={"help": "Text-to-image: a file of prompts, one a line, taken in turn."}
+    )
+    resolution: int | None = field(
+        default=None, metadata={"help": "Text-to-image: height and width in pixels; default: the teacher's."}
+    )
     batch_size: int = field(default=250, metadata={"help": "Pairs at a time."})
-    seed: int = field(default=0, metadata={"help": "Of the noises."})
+    seed: int = field(default=0, metadata={"help": "Seed of the noises."})
 
 
 def main(args: PairArguments) -> None:

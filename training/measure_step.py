@@ -54,12 +54,19 @@ VAE_SCALE = 8
 @dataclass
 class MeasureArguments(PlanArguments):
     pretrained_teacher_model: str = field(default="random", kw_only=True, metadata={"help": "Ignored."})
-    device: str = "cpu"
-    network_config: str | None = field(default=None, metadata={"help": "A config.json; default: SD 1.5's U-Net."})
-    width: float = field(default=1.0, metadata={"help": "Factor on the channels of its levels."})
-    steps: int = field(default=2, metadata={"help": "The last one is timed; the optimizer has its states from then."})
-    latency: bool = field(default=False, metadata={"help": "Time sampling instead."})
-    calls: int = field(default=9, metadata={"help": "Of the student, whose median is taken, by `--latency`."})
+    device: str = field(default="cpu", metadata={"help": "Kind of step that the plan is made for: cpu or cuda."})
+    network_config: str | None = field(
+        default=None, metadata={"help": "A network's config.json; default: SD 1.5's U-Net."}
+    )
+    width: float = field(default=1.0, metadata={"help": "Factor on the channels of the network's levels."})
+    steps: int = field(
+        default=2, metadata={"help": "Steps to run: the last one is timed, when the optimizer has its states."}
+    )
+    latency: bool = field(
+        default=False,
+        metadata={"help": "Time one image of a student and of 50 guided steps instead of a training step."},
+    )
+    calls: int = field(default=9, metadata={"help": "Calls of the student whose median `--latency` takes."})
     measured: str | None = field(default=None, metadata={"help": "Internal: the file of the fresh process."})
 
     def network(self) -> dict:

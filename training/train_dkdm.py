@@ -22,18 +22,31 @@ from diffusers_onestep.trainer import configure_networks
 
 @dataclass
 class DKDMArguments(TeacherArguments):
-    student_config: str | None = field(default=None, metadata={"help": "A diffusers model config, a JSON file."})
-    shrink: float | None = field(default=None, metadata={"help": "Width of the student over the teacher's."})
-    scheme: str = field(default="dynamic", metadata={"help": "dynamic, shuffled, iterative or synthetic."})
+    student_config: str | None = field(
+        default=None, metadata={"help": "Network of the student: a diffusers model config, a JSON file."}
+    )
+    shrink: float | None = field(
+        default=None, metadata={"help": "Instead of student_config: width of the student over the teacher's."}
+    )
+    scheme: str = field(
+        default="dynamic",
+        metadata={"help": "How samples are made of the teacher's chain: dynamic, shuffled, iterative or synthetic."},
+    )
     reservoir_ratio: float = field(default=0.4, metadata={"help": "Slots over batch times steps; paper: 0.4."})
     num_steps: int | None = field(default=None, metadata={"help": "Steps of the teacher's chain; default: all."})
     clip: bool | None = field(default=None, metadata={"help": "Clip the teacher's x0; default: its scheduler's."})
     deterministic: bool = field(default=False, metadata={"help": "Step the teacher by its ODE."})
-    learned_variance: bool | None = field(default=None, metadata={"help": "Default: if the teacher's network says."})
-    reservoir_dtype: str = field(default="float32", metadata={"help": "float32 or float16."})
+    learned_variance: bool | None = field(
+        default=None, metadata={"help": "Whether the student learns the variance; default: if the teacher has."}
+    )
+    reservoir_dtype: str = field(default="float32", metadata={"help": "How samples are kept: float32 or float16."})
     pin_memory: bool = field(default=False, metadata={"help": "Keep the reservoir in page-locked memory."})
-    preparation_batch_size: int = field(default=250, metadata={"help": "Of the teacher, before training."})
-    validation_inference_steps: int = field(default=20, metadata={"help": "Steps of the live distance."})
+    preparation_batch_size: int = field(
+        default=250, metadata={"help": "Samples at a time while the reservoir is filled, before training."}
+    )
+    validation_inference_steps: int = field(
+        default=20, metadata={"help": "Steps that the live distance samples the student with."}
+    )
     learning_rate: float = 1e-4
     ema_halflife_kimg: float = 500.0
 

@@ -26,11 +26,21 @@ class DMDArguments(DistillationArguments, DistanceArguments):
         default=None,
         metadata={"help": "Least and largest sigma / alpha of the comparison; default: the papers'."},
     )
-    matching_weight: float = field(default=1.0, metadata={"help": "Of distribution matching; 0: regression alone."})
-    regression_weight: float = field(default=0.0, metadata={"help": "Of the regression on pairs; paper: 0.25, 0.5."})
-    regression_loss: str = field(default="lpips", metadata={"help": "lpips, l2 or pseudo-huber."})
-    gan_weight: float = field(default=0.0, metadata={"help": "Of the student's GAN loss; paper: 1e-3 to 5e-3."})
-    gan_critic_weight: float = field(default=0.01, metadata={"help": "Of the critic's GAN loss."})
+    matching_weight: float = field(
+        default=1.0, metadata={"help": "Weight of distribution matching; 0: regression alone."}
+    )
+    regression_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the regression on pairs; paper: 0.25, 0.5; 0: off."}
+    )
+    regression_loss: str = field(
+        default="lpips", metadata={"help": "Distance of the regression: lpips, l2 or pseudo-huber."}
+    )
+    gan_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the student's GAN loss; paper: 1e-3 to 5e-3; 0: off."}
+    )
+    gan_critic_weight: float = field(
+        default=0.01, metadata={"help": "Weight of the critic's GAN loss, with a gan_weight."}
+    )
     dataset: str | None = field(default=None, metadata={"help": "Real images for the GAN branch of a pixel teacher."})
     adam_weight_decay: float = 0.01
     lr_warmup_steps: int = 500

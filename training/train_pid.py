@@ -15,7 +15,7 @@ from diffusers_onestep.presets import PID_PRESETS
 
 @dataclass
 class PIDArguments(DistanceArguments):
-    num_points: int = field(default=250, metadata={"help": "N of the time grid; paper: 250."})
+    num_points: int = field(default=250, metadata={"help": "Points of the time grid, the paper's N; paper: 250."})
     rule: str = field(default="first", metadata={"help": "Derivative in time: first, second or exact."})
     distance: str = field(
         default="lpips-average",

@@ -14,20 +14,26 @@ from diffusers_onestep.presets import SID_PRESETS
 
 @dataclass
 class SiDArguments(DistillationArguments):
-    alpha: float = field(default=1.2, metadata={"help": "Of the loss; the paper has 1.0 and 1.2."})
+    alpha: float = field(default=1.2, metadata={"help": "alpha of the student's loss; the paper has 1.0 and 1.2."})
     noise_levels: str | None = field(
         default=None,
-        metadata={"help": "karras, uniform or logit_normal; default: the paper's for the teacher's schedule."},
+        metadata={"help": "Drawn noise levels: karras, uniform or logit_normal; default: the paper's."},
     )
     loss_scale: float = field(default=100.0, metadata={"help": "Factor on the student's loss."})
     kappas: list[float] | None = field(
-        default=None, metadata={"help": "SiD-LSG's guidance: one scale for all, or four (fake 1-3, teacher 4)."}
+        default=None,
+        metadata={"help": "SiD-LSG's guidance: one scale for all, or four (fake 1-3, teacher 4); default: none."},
     )
     augment_probability: float = field(
-        default=0.0, metadata={"help": "Of each change of the fake score's images; paper: 0.12, 0.15."}
+        default=0.0,
+        metadata={"help": "Probability of each change of the fake score's images; paper: 0.12, 0.15; 0: off."},
     )
-    network_dropout: float | None = field(default=None, metadata={"help": "Default: the teacher's."})
-    sequential: bool = field(default=False, metadata={"help": "One score network's activations at a time."})
+    network_dropout: float | None = field(
+        default=None, metadata={"help": "Dropout of student and fake score; default: the teacher's."}
+    )
+    sequential: bool = field(
+        default=False, metadata={"help": "Keep one score network's activations at a time: less memory, more time."}
+    )
     adam_beta1: float = 0.0
     ema_halflife_kimg: float = 500.0
 
