@@ -208,16 +208,18 @@ def test_i9_the_variance_absorbs_the_squared_error_of_the_mean():
     torch.testing.assert_close(gaussian_kl(*values), torch.distributions.kl_divergence(p, q))
 
 
-def test_i10_i11_gradients_and_weight():
-    chain, teacher = variance_chain()
-    student = Denoiser(WithVariance(SHORT, share=0.5, error=0.2), SHORT, "epsilon")
-    x_t, place, offset = torch.randn(32, 1, 2, 2), torch.randint(200, (32,)), torch.zeros(32)
+@pytest.mark.parametrize("schedule, num_steps, weight", [(VP, None, 1.0), (VP, 50, 0.05), (SHORT, None, 0.2)])
+def test_i10_i11_gradients_and_weight(schedule, num_steps, weight):
+    """The KL in bits has the weight 1 on the published 1000 steps, T / 1000 on chains of T."""
+    chain, teacher = variance_chain(schedule, num_steps=num_steps)
+    student = Denoiser(WithVariance(schedule, share=0.5, error=0.2), schedule, "epsilon")
+    x_t, place, offset = torch.randn(32, 1, 2, 2), torch.randint(chain.num_steps, (32,)), torch.zeros(32)
     outputs = [chain.output(n, x_t, place, offset, None).detach().requires_grad_(True) for n in (student, teacher)]
     loss = dkdm_loss(*outputs, x_t=x_t, chain=chain, place=place, offset=offset)
     moments = [chain.moments(x_t, place, offset, o) for o in (outputs[1], outputs[0])]
     mse = ((outputs[0][:, :1] - outputs[1][:, :1]) ** 2).mean()
     kl = gaussian_kl(*moments[0], *moments[1]).mean()
-    torch.testing.assert_close(loss, mse + kl / math.log(2))
+    torch.testing.assert_close(loss, mse + weight * kl / math.log(2))
     (grad,) = torch.autograd.grad(loss, outputs[0])
     (of_mse,) = torch.autograd.grad(mse, outputs[0])
     torch.testing.assert_close(grad[:, :1], of_mse[:, :1])  # the KL adds nothing to epsilon's channels
