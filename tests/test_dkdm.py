@@ -301,6 +301,24 @@ def test_i15_saved_reservoirs_give_the_same_next_batch_for_any_number_of_process
         Reservoir(4, (1, 1, 1), 10).load(list(tmp_path.glob("reservoir-*")))
 
 
+def test_i15_what_several_processes_saved_is_dealt_out_in_their_order(tmp_path):
+    saved = []
+    for rank in range(2):
+        distiller = toy(batch_size=10, reservoir_ratio=0.05, cond={"class_labels": torch.arange(3)})
+        distiller.prepare(seed=rank, progress_bar=False)
+        distiller.save_state(tmp_path, rank)
+        saved.append(distiller.reservoir)
+    for ranks in (1, 2, 3):
+        shares = [
+            toy(batch_size=10, reservoir_ratio=0.05, cond={"class_labels": torch.arange(3)}) for _ in range(ranks)
+        ]
+        for rank, share in enumerate(shares):
+            share.load_state(tmp_path, rank, ranks)
+        for name in ("x", "r", "row", "offset"):
+            held = [torch.cat([getattr(r, name) for r in parts]) for parts in (saved, [d.reservoir for d in shares])]
+            assert torch.equal(*held)
+
+
 def test_i16_conditions_stay_with_their_trajectory():
     reservoir, generator = Reservoir(30, (1, 1, 1), 4, cond={"class_labels": torch.arange(5)}), torch.Generator()
     everything = torch.arange(30)

@@ -298,6 +298,14 @@ def test_i17_the_gan_loss_alone_moves_the_student_and_trains_the_encoder():
     assert distiller.head.layers[0].weight.grad.abs().max() > 0
 
 
+def test_dropout_is_off_everywhere():
+    distiller = DMD(small_teacher())
+    for name in ("student", "fake_score"):
+        distiller.learn(name)
+        networks = [d.network for d in (distiller.teacher, distiller.student, distiller.fake_score)]
+        assert not any(module.training for network in networks for module in network.modules())
+
+
 @pytest.mark.parametrize("size", [4, 6, 8, 12, 32])
 def test_i18_head_gives_one_logit(size):
     assert GANHead(32, size)(torch.randn(2, 32, size, size)).shape == (2, 1)
