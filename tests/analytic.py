@@ -11,10 +11,10 @@ from diffusers_onestep.denoiser import Denoiser, x0_coefficients
 class GaussianNetwork(nn.Module):
     """The exact network for data N(mu, s**2) per pixel, whatever the schedule and prediction type."""
 
-    def __init__(self, schedule, prediction_type, mu=0.3, s=0.5):
+    def __init__(self, schedule, prediction_type, mu=0.3, s=0.5, dtype=torch.float32):
         super().__init__()
         self.schedule, self.prediction_type = schedule, prediction_type
-        self.mu, self.s = nn.Parameter(torch.tensor(float(mu))), nn.Parameter(torch.tensor(float(s)))
+        self.mu, self.s = (nn.Parameter(torch.tensor(float(v), dtype=dtype)) for v in (mu, s))
 
     def forward(self, sample, timestep, class_labels=None):
         alpha, sigma = self.schedule.alpha_sigma(timestep.double())
@@ -33,8 +33,8 @@ def kinds_of_teachers(vp):
     return [*kinds, (FlowSchedule(), "flow_prediction"), (EDMSchedule(), "edm")]
 
 
-def gaussian_denoiser(schedule, prediction_type, mu=0.3, s=0.5):
-    return Denoiser(GaussianNetwork(schedule, prediction_type, mu, s), schedule, prediction_type)
+def gaussian_denoiser(schedule, prediction_type, mu=0.3, s=0.5, dtype=torch.float32):
+    return Denoiser(GaussianNetwork(schedule, prediction_type, mu, s, dtype), schedule, prediction_type)
 
 
 def hermite_grid(n=40):

@@ -423,9 +423,10 @@ def hostile_files(folder):
     yield "instance opcode", b"(S'touch x'\nios\nsystem\n.", "opcode"
     yield "extension registry", b"\x80\x02\x82\x01.", "opcode"
     yield "bytearray of 2**50", big + b"\x96" + struct.pack("<Q", 1 << 50) + b".", "opcode"
-    yield "bytes of 2**50", big + b"\x8e" + struct.pack("<Q", 1 << 50) + b".", "no readable checkpoint"
-    yield "text of 2**50", big + b"\x8d" + struct.pack("<Q", 1 << 50) + b".", "no readable checkpoint"
-    yield "frame of 2**60", big + b"\x95" + struct.pack("<Q", 1 << 60) + b".", "no readable checkpoint"
+    # refused without a MemoryError: nothing of that size was asked for
+    yield "bytes of 2**50", big + b"\x8e" + struct.pack("<Q", 1 << 50) + b".", "EOFError"
+    yield "text of 2**50", big + b"\x8d" + struct.pack("<Q", 1 << 50) + b".", "EOFError"
+    yield "frame of 2**60", big + b"\x95" + struct.pack("<Q", 1 << 60) + b".", "IndexError"
     yield "memo at 2**32", big + b"Nr" + b"\xff\xff\xff\xff" + b".", "none of the kinds"
     yield "persistent id", b"\x80\x02(S'storage'\ntQ.", "persistent object"
     yield "torch zip", torch_file.getvalue(), "posix.system"
@@ -477,6 +478,12 @@ def hostile_files(folder):
         "storage of 2**50",
         head + storage.replace(b"K\x01", b"\x8a\x08" + struct.pack("<q", 1 << 50)) % b"K\x00",
         "states",
+    )
+    two = (storage.replace(b"K\x01", b"M\xe8\x03") % key for key in (b"K\x00", b"K\x01"))
+    yield (
+        "two storages of one file's size",
+        head + next(two)[:-1] + next(two)[2:] + bytes(5000),
+        "states 1000 elements",
     )
     yield "storage that is listed but not there", head + dump({}, 2) + dump(["a"], 2), "no readable checkpoint"
     for words in ("short", "absent", "damaged"):

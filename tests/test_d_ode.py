@@ -171,12 +171,18 @@ def test_half_precision_is_fitted_arithmetic_in_float32(name):
 # 2. to 4. the closed form
 
 
-@pytest.mark.parametrize("name", [n for n in SOLVERS if n != "heun"])  # its predictors aim at corrected states
+@EVERY
 def test_a_teacher_of_as_many_steps_of_the_same_solver_gives_exact_zeros(name):
     scheduler = build(name)
     report = fit(scheduler, predict_for(name), 5, scale=1, teacher_scheduler=build(name))
     assert all(value == 0 for row in report.lambdas for value in row)
     assert report.heldout_mse == report.heldout_mse_base
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+def test_heun_is_corrected_where_its_states_stay(directions):
+    report = fit(build("heun"), predictor(mixture()), 4, directions=directions)
+    assert report.accepted and [any(row) for row in report.lambdas][:6] == [False, True] * 3
 
 
 @pytest.mark.parametrize("k", [1, 2])

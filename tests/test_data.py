@@ -37,6 +37,11 @@ def test_any_step_can_be_started():
     assert labels_of(batches, 1, 0, 2, 5, 2) == labels_of(Batches(IMAGES, 3, seed=4), 1, 0, 2, 0, 12)[10:]
 
 
+def test_the_seed_sets_the_order():
+    first, again, other = (labels_of(Batches(IMAGES, 10, seed=seed), 1, 0, 1, 0, 1) for seed in (4, 4, 5))
+    assert first == again != other
+
+
 def test_conditions():
     assert Conditions().batch([0, 0]) == {"cond": {}}
     batch = Conditions({"class_labels": torch.arange(3)}).batch([2, 0])

@@ -208,16 +208,18 @@ def test_i9_the_variance_absorbs_the_squared_error_of_the_mean():
     torch.testing.assert_close(gaussian_kl(*values), torch.distributions.kl_divergence(p, q))
 
 
-def test_i10_i11_gradients_and_weight():
-    chain, teacher = variance_chain()
-    student = Denoiser(WithVariance(SHORT, share=0.5, error=0.2), SHORT, "epsilon")
-    x_t, place, offset = torch.randn(32, 1, 2, 2), torch.randint(200, (32,)), torch.zeros(32)
+@pytest.mark.parametrize("schedule, num_steps, weight", [(VP, None, 1.0), (VP, 50, 0.05), (SHORT, None, 0.2)])
+def test_i10_i11_gradients_and_weight(schedule, num_steps, weight):
+    """The KL in bits has the weight 1 on the published 1000 steps, T / 1000 on chains of T."""
+    chain, teacher = variance_chain(schedule, num_steps=num_steps)
+    student = Denoiser(WithVariance(schedule, share=0.5, error=0.2), schedule, "epsilon")
+    x_t, place, offset = torch.randn(32, 1, 2, 2), torch.randint(chain.num_steps, (32,)), torch.zeros(32)
     outputs = [chain.output(n, x_t, place, offset, None).detach().requires_grad_(True) for n in (student, teacher)]
     loss = dkdm_loss(*outputs, x_t=x_t, chain=chain, place=place, offset=offset)
     moments = [chain.moments(x_t, place, offset, o) for o in (outputs[1], outputs[0])]
     mse = ((outputs[0][:, :1] - outputs[1][:, :1]) ** 2).mean()
     kl = gaussian_kl(*moments[0], *moments[1]).mean()
-    torch.testing.assert_close(loss, mse + kl / math.log(2))
+    torch.testing.assert_close(loss, mse + weight * kl / math.log(2))
     (grad,) = torch.autograd.grad(loss, outputs[0])
     (of_mse,) = torch.autograd.grad(mse, outputs[0])
     torch.testing.assert_close(grad[:, :1], of_mse[:, :1])  # the KL adds nothing to epsilon's channels
@@ -297,6 +299,24 @@ def test_i15_saved_reservoirs_give_the_same_next_batch_for_any_number_of_process
     assert torch.equal(torch.cat(halves), distiller.reservoir.x)
     with pytest.raises(ValueError, match="must hold trajectories of 10 steps"):
         Reservoir(4, (1, 1, 1), 10).load(list(tmp_path.glob("reservoir-*")))
+
+
+def test_i15_what_several_processes_saved_is_dealt_out_in_their_order(tmp_path):
+    saved = []
+    for rank in range(2):
+        distiller = toy(batch_size=10, reservoir_ratio=0.05, cond={"class_labels": torch.arange(3)})
+        distiller.prepare(seed=rank, progress_bar=False)
+        distiller.save_state(tmp_path, rank)
+        saved.append(distiller.reservoir)
+    for ranks in (1, 2, 3):
+        shares = [
+            toy(batch_size=10, reservoir_ratio=0.05, cond={"class_labels": torch.arange(3)}) for _ in range(ranks)
+        ]
+        for rank, share in enumerate(shares):
+            share.load_state(tmp_path, rank, ranks)
+        for name in ("x", "r", "row", "offset"):
+            held = [torch.cat([getattr(r, name) for r in parts]) for parts in (saved, [d.reservoir for d in shares])]
+            assert torch.equal(*held)
 
 
 def test_i16_conditions_stay_with_their_trajectory():

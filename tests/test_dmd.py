@@ -92,27 +92,40 @@ def test_i6_scale_shift_and_batch_invariance():
     torch.testing.assert_close(gradient(*(v[1:2] for v in (x0, teacher_x0, fake_x0))), g[1:2])
 
 
-def test_i24_floor_keeps_the_gradient_finite():
-    x0 = torch.zeros(2, 1, 3, 3, requires_grad=True)
-    loss = distribution_matching_loss(x0, torch.zeros(2, 1, 3, 3), torch.full((2, 1, 3, 3), 1e-3))
+@pytest.mark.parametrize("x0", [torch.zeros(2, 1, 3, 3), torch.linspace(-1, 1, 18).reshape(2, 1, 3, 3)])
+def test_i24_floor_keeps_the_gradient_finite(x0):
+    x0 = x0.clone().requires_grad_(True)
+    loss = distribution_matching_loss(x0, x0.detach(), x0.detach() + 1e-3)
     (gradient,) = torch.autograd.grad(loss, x0)
-    torch.testing.assert_close(gradient, torch.full_like(x0, 1e-3 / 1e-5 / 18))
+    torch.testing.assert_close(gradient, torch.full_like(x0, 1e-3 / 1e-5 / 18), rtol=1e-3, atol=0)
 
 
 def test_i24_half_precision_networks_give_the_same_direction():
-    distiller, differences = DMD(small_teacher()), []
+    distiller, directions = DMD(small_teacher()), []
     with torch.no_grad():
         for parameter in distiller.fake_score.network.parameters():
             parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
-    x0 = torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+    x0 = torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    t = distiller.student_level(4, torch.Generator().manual_seed(2), None)
+    calls = []
+    for denoiser in (distiller.teacher, distiller.fake_score):
+        denoiser.network.register_forward_hook(lambda m, inputs, output: calls.append((inputs[0], output.sample)))
     for dtype in (None, torch.bfloat16):
+        calls.clear()
         distiller.teacher.autocast_dtype = distiller.fake_score.autocast_dtype = dtype
-        teacher_x0, fake_x0 = distiller.scores(x0, BATCH, torch.Generator().manual_seed(2))
-        differences.append(fake_x0 - teacher_x0)
-    ratio = VP.ratio(distiller.student_level(4, torch.Generator().manual_seed(2), None)).float().reshape(-1, 1, 1, 1)
-    exact, half = (d / ratio for d in differences)
-    assert half.dtype == torch.float32 and not torch.equal(half, exact)
-    assert (half - exact).abs().max() < 0.05 and exact.abs().max() > 0.05
+        scores = distiller.scores(x0.detach(), BATCH, torch.Generator().manual_seed(2))
+        for (x_t, eps), prediction in zip(calls, scores, strict=True):
+            # all but the network is float32: epsilon's conversion would multiply every rounding by sigma / alpha
+            alpha, sigma = VP.alpha_sigma(t.double())
+            assert eps.dtype == (dtype or torch.float32) and x_t.dtype == prediction.dtype == torch.float32
+            torch.testing.assert_close(prediction.double(), (x_t - sigma * eps) / alpha, rtol=1e-5, atol=1e-5)
+        w = (x0 - scores[0]).detach().abs().mean((1, 2, 3), keepdim=True)
+        loss = distribution_matching_loss(x0, *scores)
+        directions.append(torch.autograd.grad(loss, x0)[0] * x0.numel())
+    scaled = VP.ratio(t).float().reshape(-1, 1, 1, 1) / w  # of the networks' outputs in g
+    exact, half = directions
+    assert not torch.equal(half, exact) and ((half - exact).abs() < 0.05 * scaled).all()
+    assert (exact.abs() / scaled).max() > 0.05
 
 
 def test_i8_fake_score_equal_to_teacher_gives_zero_and_guidance_gives_its_difference():
@@ -283,6 +296,14 @@ def test_i17_the_gan_loss_alone_moves_the_student_and_trains_the_encoder():
     gan_losses(None, distiller.logits(x0.detach(), BATCH))[0].backward()
     assert distiller.fake_score.network.conv_in.weight.grad.abs().max() > 0
     assert distiller.head.layers[0].weight.grad.abs().max() > 0
+
+
+def test_dropout_is_off_everywhere():
+    distiller = DMD(small_teacher())
+    for name in ("student", "fake_score"):
+        distiller.learn(name)
+        networks = [d.network for d in (distiller.teacher, distiller.student, distiller.fake_score)]
+        assert not any(module.training for network in networks for module in network.modules())
 
 
 @pytest.mark.parametrize("size", [4, 6, 8, 12, 32])

@@ -40,7 +40,8 @@ def dkdm_loss(
     place: torch.Tensor | None = None,
     offset: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`mean (eps_T - eps_S)**2`, and for networks with a learned variance `+ mean KL(p_T || p_S) / ln 2`.
+    """`mean (eps_T - eps_S)**2`, and for networks with a learned variance `+ K / 1000 * mean KL(p_T || p_S) / ln 2` on
+    a chain of K steps: one weight of the sum over a chain, which makes it 1 on the published chains of 1000.
 
     The KL reaches the student's variance channels alone: its mean is detached, and clipped as the teacher's is. Raw
     outputs are compared before any clipping.
@@ -49,7 +50,8 @@ def dkdm_loss(
         student_output, teacher_output (`torch.Tensor`): `(B, C, H, W)`, or `(B, 2 C, H, W)` with learned variances.
         x_t, chain, place, offset: with learned variances, the states and where in their chain they are.
 
-    Source: Xiang et al. 2025, Eqs. 17 to 21; the weight of the KL and its base are the released code's.
+    Source: Xiang et al. 2025, Eqs. 17 to 21; the weight of the KL and its base are the released code's, with
+    `rescale_learned_sigmas`.
     """
     if chain is None or not chain.learned_variance:
         return ((teacher_output - student_output) ** 2).mean()
@@ -57,7 +59,8 @@ def dkdm_loss(
     eps_s, eps_t = student_output[:, :channels], teacher_output[:, :channels]
     frozen = torch.cat([eps_s.detach(), student_output[:, channels:]], 1)
     moments = [chain.moments(x_t, place, offset, output) for output in (teacher_output, frozen)]
-    return ((eps_t - eps_s) ** 2).mean() + gaussian_kl(*moments[0], *moments[1]).mean() / math.log(2)
+    bits = gaussian_kl(*moments[0], *moments[1]).mean() / math.log(2)
+    return ((eps_t - eps_s) ** 2).mean() + chain.num_steps / 1000 * bits
 
 
 class Chain:

@@ -366,7 +366,7 @@ class _Run:
         output = self.predict(self.scheduler.scale_model_input(self.x, t), t, self.cond)
         _, step, (whole, difference) = self.scheduler.advance(output, t, self.x)
         self.base = step.prev_sample
-        kept = [difference, whole][:directions]
+        kept = [difference, whole][:directions] if self.scheduler.is_fitted(call) else [None] * directions
         self.directions = [torch.zeros_like(self.base) if d is None else d for d in kept]
         r = self.states[self.scheduler.call_nodes(call)[1]] - self.base
         # (B, k, D) and (B, D), one row per sample

@@ -248,6 +248,10 @@ class DODESchedulerMixin:
         """The nodes between which network call `call` of a whole run moves the sample."""
         return call, call + 1
 
+    def is_fitted(self, call: int) -> bool:
+        """Is there a number to fit for a call? Not where the next call replaces its state."""
+        return True
+
     def check_grid(self) -> None:
         """Raise a `ValueError` if this solver's own steps do not meet its timesteps, or if it cannot be distilled."""
         if str(self.config.get("algorithm_type", "")).startswith("sde"):
@@ -592,11 +596,12 @@ class DistilledEDMDPMSolverMultistepScheduler(DODESchedulerMixin, EDMDPMSolverMu
 
 class DistilledHeunDiscreteScheduler(DODESchedulerMixin, HeunDiscreteScheduler):
     """
-    Experimental: Heun's method with one fitted number for each of its `2 N - 1` calls. Arguments:
-    [`HeunDiscreteScheduler`] and [`DODESchedulerMixin`].
+    Experimental: Heun's method with a number for each of its `2 N - 1` calls. Arguments: [`HeunDiscreteScheduler`] and
+    [`DODESchedulerMixin`].
 
-    A predictor looks back at the predictor before it, a corrector at its own predictor. (The authors' difference
-    compares two outputs at nearly one place, which is ill conditioned.)
+    A corrector looks back at its own predictor, the last call, which is Euler's, at the last predictor. (The authors'
+    difference compares two outputs at nearly one place, which is ill conditioned.) All other predictors keep 0: their
+    states are not the solver's, and moving them onto the teacher's would spoil Heun's order.
     """
 
     _free_space = False
@@ -610,6 +615,9 @@ class DistilledHeunDiscreteScheduler(DODESchedulerMixin, HeunDiscreteScheduler):
 
     def call_nodes(self, call: int) -> tuple[int, int]:
         return call // 2, call // 2 + 1
+
+    def is_fitted(self, call: int) -> bool:
+        return call % 2 == 1 or call == len(self.timesteps) - 1
 
     def _previous_call(self, call: int) -> int:
         return call - 1 if call % 2 else call - 2
