@@ -2,7 +2,9 @@
 what shape of samples it takes."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -18,10 +20,20 @@ def network_output(network: nn.Module, sample: torch.Tensor, t: torch.Tensor, co
         t (`torch.Tensor`): `(B,)`, in the unit of the teacher's scheduler.
         cond (`dict` of tensors): flat; what a family nests (SDXL's `text_embeds` and `time_ids`) is nested here.
     """
-    bare = extract_model_from_parallel(network, keep_torch_compile=False)
-    kind = next((cls.__name__ for cls in type(bare).__mro__ if cls.__name__ in _CALLS), None)
-    output = _CALLS[kind](network, sample, t, dict(cond)) if kind else _plain(network, sample, t, cond)
+    if network not in _known:
+        _known[network] = _call_of(network)
+    output = _known[network](network, sample, t, dict(cond))
     return output if isinstance(output, torch.Tensor) else output[0]
+
+
+_known: WeakKeyDictionary[nn.Module, Callable] = WeakKeyDictionary()  # it takes milliseconds to find out
+
+
+def _call_of(network: nn.Module) -> Callable:
+    bare = extract_model_from_parallel(network, keep_torch_compile=False)
+    own = (_CALLS[cls.__name__] for cls in type(bare).__mro__ if cls.__name__ in _CALLS)
+    named = "timestep" in inspect.signature(network.forward).parameters
+    return next(own, _by_name if named else _by_place)
 
 
 def sample_shape_of(network: nn.Module) -> tuple[int, int, int]:
@@ -38,9 +50,11 @@ def sample_shape_of(network: nn.Module) -> tuple[int, int, int]:
     return config.in_channels, height, width
 
 
-def _plain(network, sample, t, cond):
-    if "timestep" in inspect.signature(network.forward).parameters:
-        return network(sample, timestep=t, **cond)
+def _by_name(network, sample, t, cond):
+    return network(sample, timestep=t, **cond)
+
+
+def _by_place(network, sample, t, cond):
     return network(sample, t, **cond)
 
 

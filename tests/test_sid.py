@@ -275,12 +275,15 @@ def test_16_noise_per_sample_does_not_depend_on_the_split():
 
 
 def test_dropout_is_on_only_where_a_network_learns():
-    distiller = small_sid()
+    distiller = small_sid(network_dropout=0.1)
     distiller.learn("fake_score")
     assert distiller.fake_score.network.training and not distiller.student.network.training
     distiller.learn("student")
     assert distiller.student.network.training and not distiller.fake_score.network.training
     assert not distiller.teacher.network.training
+    without = small_sid(network_dropout=0.0)
+    without.learn("student")
+    assert not without.student.network.training
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0])

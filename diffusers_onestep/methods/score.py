@@ -126,9 +126,11 @@ class ScoreDistiller(OneStepDistiller):
         for other, weights in self._weights.items():
             for weight in weights:
                 weight.requires_grad_(other == name)
-        for other, denoiser in (("student", self.student), ("fake_score", self.fake_score)):
-            if denoiser.network.training != (self.dropout and other == name):
-                denoiser.network.train(self.dropout and other == name)
+        for other, network in (("student", self.student.network), ("fake_score", self.fake_score.network)):
+            has_dropout = getattr(network, "config", {}).get("dropout") != 0.0
+            mode = self.dropout and has_dropout and other == name
+            if network.training != mode:  # a walk through its modules
+                network.train(mode)
 
     @cached_property
     def _weights(self) -> dict[str, list[nn.Parameter]]:
