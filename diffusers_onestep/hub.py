@@ -145,6 +145,8 @@ def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str
         and {entry[0] for entry in parts.values()} <= {"diffusers", "transformers"},
         "labels": json.dumps([next(iter(names.values()), 0)]) if count else None,
         "prompts": prompts,
+        # diffusers loads float16 files as float32, transformers as float16
+        "one_dtype": ", dtype=torch.float32" if prompts else "",
         "lora": prompts and teacher is not None and (folder / LORA_WEIGHTS).is_file(),  # others load no adapters
         "guidance_scale": run.get("guidance_scale") or settings.get("guidance_scale", 1.0),
         "teacher": teacher,

@@ -94,7 +94,7 @@ class Teacher:
         *,
         revision: str | None = None,
         variant: str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype = torch.float32,
         device: str | torch.device | None = None,
         resolution: int | tuple[int, int] | None = None,
         embedded_guidance: float = 3.5,
@@ -105,7 +105,8 @@ class Teacher:
             path_or_id (`str`): a Hub id, a folder, or the name of a shipped teacher.
             revision (`str`, *optional*): of the Hub repository.
             variant (`str`, *optional*): of the weights, such as `"fp16"`.
-            dtype (`torch.dtype`, *optional*): of the weights; arithmetic outside the network is float32 all the same.
+            dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of the weights; arithmetic outside the
+                network is float32 all the same.
             device (`str` or `torch.device`, *optional*): where to put it.
             resolution, embedded_guidance: as the class takes them.
         """
@@ -113,7 +114,7 @@ class Teacher:
         index = load_index(path, revision=revision)
         with safetensors_only(path):
             pipeline = DiffusionPipeline.from_pretrained(
-                path, revision=revision, variant=variant, use_safetensors=True, **({"dtype": dtype} if dtype else {})
+                path, revision=revision, variant=variant, use_safetensors=True, dtype=dtype
             )
         if device is not None:
             pipeline.to(device)

@@ -36,6 +36,25 @@ def test_teacher_runs_in_the_stock_pipeline():
     assert images.shape == (2, 32, 32, 1) and images.mean() > 0.05
 
 
+def test_the_small_stable_diffusion_draws_what_is_asked_for():
+    folder = shipped_model("emoji-sd")
+    assert (
+        sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 20e6
+        and (folder / "NOTICE").is_file()
+    )
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    images = pipeline(
+        ["red heart", "green heart", "blue heart"],
+        num_inference_steps=20,
+        guidance_scale=4.0,
+        generator=torch.Generator().manual_seed(0),
+        output_type="np",
+    ).images
+    assert images.shape == (3, 32, 32, 3)
+    assert images[:, :3, :3].min() > 0.8  # white paper
+    assert images[:, 12:18, 13:19].mean((1, 2)).argmax(1).tolist() == [0, 1, 2]  # in the middle of the heart
+
+
 def test_shipped_student_is_good_in_one_call():
     """A distance at 1,000 samples: that of images without content is above 100."""
     pipeline = OneStepPipeline.from_pretrained("fashion32-onestep")

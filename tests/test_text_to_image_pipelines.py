@@ -331,3 +331,19 @@ def test_students_load_from_the_hub_in_a_fresh_process(tmp_path):
     assert (kind, other_kind) == ("OneStepStableDiffusionXLPipeline", "OneStepStableDiffusionPipeline")
     assert alone.stdout.splitlines() == [f"{name} StableDiffusionXLPipeline {digest}"], alone.stderr[-2000:]
     assert alone.returncode != 0 and "diffusers_onestep" in alone.stderr
+
+
+def test_half_precision_files_are_loaded_as_float32(tmp_path):
+    """transformers alone would take the dtype of the file, and networks of two dtypes do not fit together."""
+    half = tiny_pipeline("sd").to(torch.float16)
+    half.save_pretrained(tmp_path / "teacher")
+    teacher = Teacher.from_pretrained(tmp_path / "teacher")
+    made = Teacher(half).student_pipeline(half.unet, student_timesteps=[999], init_noise_sigma=1.0)
+    made.save_pretrained(tmp_path / "student")
+    student = OneStepPipeline.from_pretrained(tmp_path / "student")
+    for pipeline in (teacher.pipeline, student):
+        parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+        assert {p.dtype for part in parts for p in part.parameters()} == {torch.float32}
+        pipeline("a cat", num_inference_steps=1, height=16, width=16)
+    given = OneStepPipeline.from_pretrained(tmp_path / "student", dtype=torch.float16)
+    assert given.unet.dtype == given.text_encoder.dtype == torch.float16

@@ -75,6 +75,8 @@ class OneStepPipeline(DiffusionPipeline):
         if kwargs.get("use_safetensors") is False:
             raise ValueError("`use_safetensors` must be True, but is False: other weights are pickles.")
         kwargs["use_safetensors"] = True
+        if "torch_dtype" not in kwargs:  # without one, transformers takes that of the file, diffusers this one
+            kwargs.setdefault("dtype", torch.float32)
         path = resolve_model(pretrained_model_name_or_path)
         if "dduf_file" not in kwargs:  # an archive has no index outside
             hub = ("cache_dir", "force_download", "token", "local_files_only", "revision")
