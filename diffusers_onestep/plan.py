@@ -33,7 +33,7 @@ from .models import network_from_config
 from .repository import resolve_model
 from .schedules import NoiseSchedule
 from .teacher import prediction_type_of
-from .trainer import configure_networks
+from .trainer import configure_networks, optimizer_class
 
 METHODS = {"sid": SiD, "dmd": DMD}
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -343,9 +343,11 @@ class EightBitStates(torch.optim.Optimizer):
 def _optimizer(args: PlanArguments, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     if args.optimizer == "adamw8bit":
         return EightBitStates(parameters, {})
-    # the loop over all tensors at once, torch's default on a GPU, makes temporaries as large as a network
-    kind = torch.optim.RAdam if args.optimizer == "radam" else torch.optim.AdamW
-    return kind(parameters, foreach=args.device == "cuda")
+    if (
+        args.optimizer == "radam"
+    ):  # its loop over all tensors at once, a GPU's, makes temporaries as large as a network
+        return optimizer_class(args.optimizer)(parameters, foreach=args.device == "cuda")
+    return optimizer_class(args.optimizer)(parameters)
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:

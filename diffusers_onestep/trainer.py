@@ -7,7 +7,6 @@ micro-batches.
 
 import atexit
 import copy
-import hashlib
 import importlib.util
 import json
 import math
@@ -39,7 +38,7 @@ from .files import write_json
 from .health import Health, draw_health, read_log
 from .hub import create_model_card
 from .lora import is_adapted, leave_dtypes_to_autocast
-from .methods.base import Batch, Distiller
+from .methods.base import Batch, Distiller, sample_generators
 from .records import RUN_RECORD, run_record, without_secret_settings
 from .run_folder import (
     checkpoint_path,
@@ -57,12 +56,6 @@ logger = get_logger(__name__)
 DIVERGED = 1000  # beyond the number of any signal
 
 _STATE = ("step", "images_seen", "train_seconds", "best_distance")  # what trainer_state.json holds, with the schedules
-
-
-def sample_generators(seed: int, step: int, places: Iterable[int | str]) -> list[torch.Generator]:
-    """One CPU generator per place in the global batch of a step."""
-    digests = (hashlib.blake2b(f"{seed}/{step}/{place}".encode(), digest_size=4).digest() for place in places)
-    return [torch.Generator().manual_seed(int.from_bytes(digest, "little")) for digest in digests]
 
 
 def train(

@@ -9,10 +9,9 @@ from conftest import tiny_unet
 
 from diffusers_onestep import Denoiser, EDMSchedule, FlowSchedule, SiD, VPSchedule
 from diffusers_onestep.ema import HalfLifeEMA
-from diffusers_onestep.methods.base import normal
+from diffusers_onestep.methods.base import normal, sample_generators
 from diffusers_onestep.methods.dmd import distribution_matching_loss
 from diffusers_onestep.methods.sid import sid_loss
-from diffusers_onestep.trainer import sample_generators
 
 EDM = EDMSchedule()
 VP = VPSchedule(torch.linspace(0.9999, 0.01, 1000))

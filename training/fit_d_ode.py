@@ -22,14 +22,13 @@ from accelerate import Accelerator
 from diffusers_onestep import Teacher, create_model_card, fit_d_ode
 from diffusers_onestep.arguments import HubArguments, run_script
 from diffusers_onestep.files import write_json
-from diffusers_onestep.methods.base import normal
+from diffusers_onestep.methods.base import normal, sample_generators
 from diffusers_onestep.methods.dode import nested_teacher, paper
 from diffusers_onestep.prompts import read_prompts
 from diffusers_onestep.records import RUN_RECORD, run_record, without_secret_settings
 from diffusers_onestep.repository import write_repository
 from diffusers_onestep.sampling import dynamic_shift
 from diffusers_onestep.schedulers import SOLVERS, DODESchedulerMixin, distilled_copy, solver_for
-from diffusers_onestep.trainer import sample_generators
 
 
 @dataclass

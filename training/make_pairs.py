@@ -15,9 +15,8 @@ from tqdm.auto import tqdm
 from diffusers_onestep import Teacher
 from diffusers_onestep.arguments import run_script
 from diffusers_onestep.data import join_pairs, write_pairs
-from diffusers_onestep.methods.base import normal
+from diffusers_onestep.methods.base import normal, sample_generators
 from diffusers_onestep.prompts import read_prompts
-from diffusers_onestep.trainer import sample_generators
 
 
 @dataclass

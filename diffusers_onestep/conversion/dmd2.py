@@ -44,7 +44,7 @@ def text_student(
                 f"`student_timesteps` must be given for {str(file)!r}: its name has none of {sorted(known)}."
             )
     state = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
-    pipeline = DiffusionPipeline.from_pretrained(base, use_safetensors=True)
+    pipeline = DiffusionPipeline.from_pretrained(base, use_safetensors=True, dtype=torch.float32)
     check_state(state, pipeline.unet.state_dict())
     pipeline.unet.load_state_dict({k: v.float() for k, v in state.items()})
     scheduler = student_scheduler(pipeline.scheduler, "epsilon", student_timesteps, 1.0)

@@ -1,8 +1,9 @@
 """What the training loop needs from a method, and the random draws that all methods share."""
 
 import copy
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,12 @@ class Paper:
     title: str
     arxiv_id: str
     citation: str
+
+
+def sample_generators(seed: int, step: int, places: Iterable[int | str]) -> list[torch.Generator]:
+    """One CPU generator per place in the global batch of a step."""
+    digests = (hashlib.blake2b(f"{seed}/{step}/{place}".encode(), digest_size=4).digest() for place in places)
+    return [torch.Generator().manual_seed(int.from_bytes(digest, "little")) for digest in digests]
 
 
 def normal(shape: tuple[int, ...], generator: Generators = None, device: torch.device | None = None) -> torch.Tensor:
