@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
         default="onestep-quickstart",
         help="where the student and samples.png go (default: %(default)s)",
     )
-    quick.add_argument("--max_train_steps", type=int, default=150, help="student updates (default: %(default)s)")
+    quick.add_argument("--max_train_steps", type=int, default=220, help="student updates (default: %(default)s)")
     quick.add_argument(
         "--num_samples", type=int, default=1000, help="images per row of the final table (default: %(default)s)"
     )

@@ -195,10 +195,11 @@ FASHION32_QUICKSTART = {
     "method": {"alpha": 1.0, "start_ratio": 2.5, "noise_levels": "karras"},
     "loop": {
         "train_batch_size": 64,
-        "learning_rate": 2e-4,
+        "learning_rate": 1e-4,
         "fake_score_learning_rate": 1e-3,
         "adam_beta1": 0.0,
-        "ema_halflife_kimg": 1.0,
+        "ema_halflife_kimg": 1.5,
+        "ema_rampup_ratio": 0.15,
         "logging_steps": 5,
     },
 }
