@@ -168,19 +168,7 @@ class Trainer:
             if self.sharding:
                 self.sharding.shard(network)
             self.parameters[name] = list(network.parameters())
-            rate = args.learning_rate
-            if name == "fake_score" and args.fake_score_learning_rate is not None:
-                rate = args.fake_score_learning_rate
-            beta1 = args.adam_beta1
-            if name == "student" and args.student_adam_beta1 is not None:
-                beta1 = args.student_adam_beta1
-            optimizer = optimizer_class(args.optimizer)(
-                self.parameters[name],
-                lr=rate,
-                betas=(beta1, args.adam_beta2),
-                eps=args.adam_epsilon,
-                weight_decay=args.adam_weight_decay,
-            )
+            optimizer = self._optimizer(name)
             self.lr_schedulers[name] = get_scheduler(
                 args.lr_scheduler,
                 optimizer,
@@ -192,6 +180,22 @@ class Trainer:
         if args.ema_halflife_kimg:
             self.ema = HalfLifeEMA(self.parameters["student"], 1000 * args.ema_halflife_kimg, args.ema_rampup_ratio)
         self.max_grad_norm = self.distiller.max_grad_norm if args.max_grad_norm is None else args.max_grad_norm
+
+    def _optimizer(self, name: str) -> torch.optim.Optimizer:
+        """Of one network, some of which have a rate or a first beta of their own."""
+        args = self.args
+        rate, beta1 = args.learning_rate, args.adam_beta1
+        if name == "fake_score" and args.fake_score_learning_rate is not None:
+            rate = args.fake_score_learning_rate
+        if name == "student" and args.student_adam_beta1 is not None:
+            beta1 = args.student_adam_beta1
+        return optimizer_class(args.optimizer)(
+            self.parameters[name],
+            lr=rate,
+            betas=(beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=args.adam_weight_decay,
+        )
 
     def _prepare_teacher(self) -> UserCpuOffloadHook | None:
         """The frozen weights in their dtype, and where they wait for their use."""
