@@ -14,7 +14,7 @@ from torch import nn
 from .arguments import TrainArguments
 from .data import Batches, Conditions, Samples, load_pairs
 from .denoiser import Cond, Denoiser, GuidedDenoiser
-from .evaluation import comparison_grid, noises_and_labels
+from .evaluation import comparison_grid, noises_and_labels, spread
 from .health import Images, Watch
 from .lora import is_adapted, merged, save_lora_weights
 from .methods.base import Distiller, OneStepDistiller
@@ -216,7 +216,7 @@ def student_hooks(
     samples: Samples | None = None,
 ) -> tuple[Callable[[Path], None] | None, Callable[[Path], dict[str, float]] | None]:
     """How `train()` saves and shows a student; two times None if it was not made from a `Teacher`. The picture of a
-    text-to-image student is of the first `samples`' prompts."""
+    text-to-image student is of some of `samples`' prompts."""
     teacher = teacher or distiller.origin
     if not isinstance(teacher, Teacher):
         return None, None
@@ -297,13 +297,14 @@ def validation(
     guidance_scale: float = 1.0,
 ) -> Callable[[Path], dict[str, float]]:
     """How `train()` shows a student: `samples.png`, below the teacher at so many steps (by default its
-    `reference_steps`), and its live numbers. Those of a text-to-image student are of the first `samples`' prompts."""
+    `reference_steps`), and its live numbers. Those of a text-to-image student are of `samples`' prompts, some of them
+    from beginning to end: of one kind alone they would be far from all images, however good."""
     prompted = teacher.takes_prompts
     if prompted and samples is None:
         return lambda folder: {}
 
     def prompts(count: int) -> Cond | None:
-        return samples.batch(list(range(min(count, len(samples)))))["cond"] if prompted else None
+        return samples.batch(spread(min(count, len(samples)), len(samples)))["cond"] if prompted else None
 
     watch = None
     if args.validation_samples:

@@ -150,13 +150,20 @@ def takes_prompts(pipeline: Teacher | DiffusionPipeline) -> bool:
     return "prompt" in inspect.signature(type(pipeline).__call__).parameters
 
 
+def spread(count: int, available: int) -> list[int]:
+    """Which of the `available` prompts `count` samples have: all in turn or, with fewer samples than prompts, some
+    from beginning to end, since files of prompts are often sorted by what they show."""
+    return [i * available // count if count < available else i % available for i in range(count)]
+
+
 def noises_and_labels(
     shape: Sequence[int], num_labels: int | None, num_samples: int, seed: int, prompts: Sequence[str] | None = None
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The same unit-variance noises for every model, and labels or prompts in turn: `(N, C, H, W)` and a `cond`."""
+    """The same unit-variance noises for every model, and labels in turn or prompts (see `spread`): `(N, C, H, W)` and
+    a `cond`."""
     noise = torch.randn(num_samples, *shape, generator=torch.Generator().manual_seed(seed))
     if prompts is not None:
-        return noise, {"prompt": [prompts[i % len(prompts)] for i in range(num_samples)]}
+        return noise, {"prompt": [prompts[i] for i in spread(num_samples, len(prompts))]}
     return noise, {} if num_labels is None else {"class_labels": torch.arange(num_samples) % num_labels}
 
 
@@ -456,7 +463,8 @@ def evaluate(
         extractor_weights (`str`, *optional*): see `load_extractor`.
         guidance_scale (`float`, *optional*): of a teacher (1.0 by default) or of a pipeline that takes it; that of
             FLUX feeds its guidance embedding, as a teacher's `embedded_guidance` does.
-        prompts (sequence of `str`, *optional*): of a text-to-image model, used in turn.
+        prompts (sequence of `str`, *optional*): of a text-to-image model, used in turn, or some from beginning to end
+            where there are more than samples.
         resolution (`int` or `tuple[int, int]`, *optional*): height and width in pixels of a text-to-image pipeline; by
             default its own. A teacher has its own.
         clip_model (`str` or `CLIP`, *optional*): of `"clip_score"`.

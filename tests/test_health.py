@@ -11,6 +11,8 @@ from test_trainer import Scripted, arguments, batches_of
 from diffusers_onestep import OneStepPipeline, SiD, Teacher, train
 from diffusers_onestep.arguments import TrainArguments
 from diffusers_onestep.data import Batches, Conditions
+from diffusers_onestep.distillation import validation
+from diffusers_onestep.evaluation import spread
 from diffusers_onestep.health import PATIENCE, WINDOW, Health, Watch, draw_health, read_log, warnings
 from diffusers_onestep.run_folder import latest_checkpoint
 
@@ -119,6 +121,21 @@ def test_latents_are_decoded_no_more_at_a_time_than_are_trained():
 
     watch(student)
     assert sizes == [2, 2, 1]
+
+
+def test_a_live_distance_asks_for_prompts_of_all_kinds(tmp_path):
+    """A file of prompts is often sorted: its beginning alone is of one kind, and far from all images."""
+    teacher, asked = Teacher(tiny_pipeline("sd")), []
+    samples = Conditions({"encoder_hidden_states": torch.arange(40.0)[:, None, None].expand(-1, 3, 16)})
+    args = TrainArguments(output_dir=str(tmp_path), validation_samples=4)
+
+    def student(noise, cond, generator):
+        asked.append(cond["encoder_hidden_states"][:, 0, 0].tolist())
+        return noise
+
+    validation(teacher, student, args, samples, num_inference_steps=1)(tmp_path)
+    assert asked == [[0, 10, 20, 30]] * 2  # the picture's, then the distance's
+    assert spread(3, 3) == [0, 1, 2] and spread(5, 2) == [0, 1, 0, 1, 0] and spread(3, 10) == [0, 3, 6]
 
 
 def test_features_are_computed_where_training_has_put_the_teacher(teacher):
