@@ -34,6 +34,7 @@ from .metrics import (
     moments,
     precision_recall_points,
     retrieval_points,
+    shuffled,
     square_root,
     standard_error,
 )
@@ -402,8 +403,8 @@ def _numbers(metric: str, samples: Generated, reference: Reference | None, teach
         if samples.logits is None:
             raise ValueError(f"`metrics` must be without 'inception_score' for {samples.extractor.label}: no logits.")
         splits = 10 if len(features) >= 100 else 1
-        value, spread = inception_score(samples.logits.double().softmax(1), splits)
-        yield "IS", value, spread / (splits - 1) ** 0.5 if splits > 1 else math.nan
+        value, deviation = inception_score(shuffled(samples.logits).double().softmax(1), splits)
+        yield "IS", value, deviation / (splits - 1) ** 0.5 if splits > 1 else math.nan
     elif metric == "diversity":
         yield "diversity", diversity(features), 2 * standard_error(mean_distances(features))
     elif metric == "retrieval":

@@ -60,13 +60,19 @@ def kernel_distance(a: Features, b: Features) -> float:
 
 
 def kernel_distance_error(a: Features, b: Features, subsets: int = 10) -> float:
-    """Standard error of `kernel_distance` from as many disjoint subsets of both sides; the unbiased estimate cannot
-    be resampled with replacement, where samples meet themselves."""
-    a, b = torch.as_tensor(a), torch.as_tensor(b)
+    """Standard error of `kernel_distance` from as many disjoint random subsets of both sides; the unbiased estimate
+    cannot be resampled with replacement, where samples meet themselves."""
     if min(len(a), len(b)) < 2 * subsets:
         return float("nan")
+    a, b = shuffled(a), shuffled(b)
     values = [kernel_distance(*parts) for parts in zip(a.tensor_split(subsets), b.tensor_split(subsets), strict=True)]
     return torch.tensor(values, dtype=torch.float64).std().item() / subsets**0.5
+
+
+def shuffled(features: Features, seed: int = 0) -> torch.Tensor:
+    """In a random order: data sets and files of prompts are often sorted, and parts of them then of one kind."""
+    features = torch.as_tensor(features)
+    return features[torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))]
 
 
 def _neighbour_radius(points: torch.Tensor, k: int) -> torch.Tensor:
@@ -126,7 +132,7 @@ def standard_error(points: torch.Tensor) -> float:
 
 def inception_score(probabilities: Features, splits: int = 10) -> tuple[float, float]:
     """Mean and standard deviation over `splits` of `exp(E KL(p(y|x) || p(y)))` (Salimans et al. 2016, Sec. 4), from
-    class probabilities `(N, K)`."""
+    class probabilities `(N, K)`, split in the order that they have."""
     probabilities = torch.as_tensor(probabilities).double()
     if not torch.allclose(probabilities.sum(1), torch.ones(len(probabilities), dtype=torch.float64), atol=1e-4):
         raise ValueError("`probabilities` must sum to 1 in every row: give probabilities, not logits.")

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from .data import load_images
 from .features import Extractor
 from .files import written_beside
-from .metrics import moments
+from .metrics import moments, shuffled
 from .repository import ASSETS
 
 SHIPPED = {"fashion": ASSETS / "fashion_cnn" / "fashion_test.safetensors"}  # by the extractor's label
@@ -127,11 +127,13 @@ class Reference:
         return cls(mean, covariance, features, number, *known, about.get("source", path))
 
     def save(self, path: str | os.PathLike, features: int = KEPT_FEATURES) -> None:
-        """Write safetensors, beside and then renamed, with the features of at most `features` images in float16."""
+        """Write safetensors, beside and then renamed, with the features of at most `features` images, drawn at random,
+        in float16."""
         path = Path(path)
         tensors = {"mean": self.mean, "covariance": self.covariance}
         if self.features is not None and features:
-            tensors["features"] = self.features[:features].half().contiguous()
+            kept = self.features if len(self.features) <= features else shuffled(self.features)[:features]
+            tensors["features"] = kept.half().contiguous()
         about = {"num_images": self.num_images, "extractor": self.extractor, "weights": self.weights}
         about = {k: str(v) for k, v in (about | {"source": self.source}).items() if v is not None}
         with written_beside(path) as beside:

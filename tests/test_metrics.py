@@ -12,6 +12,7 @@ from diffusers_onestep.metrics import (
     frechet_distance_of_moments,
     inception_score,
     kernel_distance,
+    kernel_distance_error,
     moments,
     precision_recall,
     retrieval_points,
@@ -142,3 +143,18 @@ def test_retrieval_of_features_whose_neighbours_are_known():
         retrieval_points(features, prompts, real, captions, k=7)
     with pytest.raises(ValueError, match=r"`prompts` and `captions` must be one per image \(4, 6\), but are 3, 6"):
         retrieval_points(features, prompts[:3], real, captions)
+
+
+def test_errors_do_not_depend_on_how_images_are_sorted():
+    generator = torch.Generator().manual_seed(0)
+    real, same = torch.randn(2, 2000, 4, generator=generator)
+    ascending, descending = same[same[:, 0].argsort()], real[real[:, 0].argsort(descending=True)]
+    assert kernel_distance_error(ascending, descending) < 5 * kernel_distance_error(same, real) < 0.1
+
+
+def test_a_saved_reference_keeps_features_of_all_kinds(tmp_path):
+    network = FashionCNN.from_shipped()
+    features = torch.arange(1000.0)[:, None].expand(-1, 128)
+    Reference(*moments(features), features).save(tmp_path / "r.safetensors", features=100)
+    kept = Reference.load(tmp_path / "r.safetensors", network).features[:, 0]
+    assert len(kept.unique()) == 100 and 400 < kept.mean() < 600
