@@ -21,6 +21,7 @@ from diffusers_onestep.data import Batches, Conditions
 from diffusers_onestep.distillation import DistillationArguments, student_hooks
 from diffusers_onestep.hub import TEMPLATE
 from diffusers_onestep.records import command_line, without_secret_settings, without_secret_words, without_secrets
+from diffusers_onestep.repository import shipped_names
 
 
 def trained(teacher_folder, folder, **flags):
@@ -203,13 +204,13 @@ def test_text_to_image_models_are_asked_with_prompts(tmp_path, scheduler, expect
     assert ("import diffusers_onestep" in blocks[-1]) == ours
 
 
-@pytest.mark.parametrize("name", ["fashion32", "fashion32-onestep"])
+@pytest.mark.parametrize("name", shipped_names())
 def test_shipped_cards_are_made_by_the_same_code_and_run(name, tmp_path, monkeypatch):
     card = (ROOT / "model_cards" / f"{name}.md").read_text()
     assert script("ship_model").shipped_card(name) == card, "python training/ship_model.py NAME makes it anew"
-    assert ModelCard(card).data.license == "apache-2.0"
-    for file in re.findall(r"\]\((fashion[\w.-]+)\)", card):
-        assert (ROOT / "model_cards" / file).is_file()
+    assert ModelCard(card).data.license == ("cc-by-4.0" if name == "emoji-sd" else "apache-2.0")
+    files = re.findall(r"\]\(([\w.-]+\.png)\)", card)
+    assert files and all((ROOT / "model_cards" / file).is_file() for file in files)
     monkeypatch.chdir(tmp_path)
     for code in python_blocks(card):
         torch.manual_seed(0)
