@@ -170,7 +170,7 @@ class DINOv2(Extractor):
         from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
         weights = weights or "facebook/dinov2-base"
-        self.network = Dinov2Model.from_pretrained(weights, use_safetensors=True)
+        self.network = Dinov2Model.from_pretrained(weights, use_safetensors=True, dtype=torch.float32)
         self.normalisation = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
         self.size = min(224, self.network.config.image_size)
         self.label = f"{Path(weights).name}@{self.size}"
@@ -189,7 +189,7 @@ class CLIP(Extractor):
         from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
         weights = weights or "openai/clip-vit-large-patch14"
-        self.network = CLIPModel.from_pretrained(weights, use_safetensors=True)
+        self.network = CLIPModel.from_pretrained(weights, use_safetensors=True, dtype=torch.float32)
         self.tokenizer = CLIPTokenizer.from_pretrained(weights)
         self.normalisation = OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
         self.size = self.network.config.vision_config.image_size

@@ -181,6 +181,23 @@ def test_dinov2_of_a_folder(tmp_path):
     network = load_extractor("dinov2", str(tmp_path / "dino"))
     features, logits = network(torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8))
     assert features.shape == (2, 16) and logits is None and network.number("KID") == "KID-dino@28"
+    pixels = torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8)  # of its own size
+    mean, std = (torch.tensor(v)[:, None, None] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    model = Dinov2Model.from_pretrained(tmp_path / "dino").eval()
+    with torch.no_grad():
+        expected = model((pixels / 255 - mean) / std).last_hidden_state[:, 0]  # the class token, normalised
+    torch.testing.assert_close(network(pixels)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_in_half_precision_are_taken_as_float32(tmp_path, dtype):
+    tiny_clip(tmp_path / "clip").to(dtype).save_pretrained(tmp_path / "clip")
+    config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    Dinov2Model(config).to(dtype).save_pretrained(tmp_path / "dinov2")
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    for name in ("clip", "dinov2"):
+        network = load_extractor(name, str(tmp_path / name))
+        assert network(pixels)[0].dtype == torch.float32 and len(network.digest()) == 16
 
 
 def test_what_cannot_be_had_is_refused():
