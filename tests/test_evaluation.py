@@ -2,6 +2,7 @@ import dataclasses
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_unet
@@ -55,6 +56,10 @@ def test_processes_share_the_sampling_and_find_the_same_numbers(tmp_path):
         run([*command, "--output_dir", str(tmp_path / name)], ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
         results.append(json.loads((tmp_path / name / "metrics.json").read_text()))
         assert all((tmp_path / name / picture).is_file() for picture in ("quality.png", "samples.png"))
+    teacher = Teacher.from_pretrained("fashion32")
+    above = sampler(teacher, num_inference_steps=2)(*conditions(teacher, 20, 0, None), None)[:10]
+    with Image.open(tmp_path / "one" / "samples.png") as grid:
+        assert np.abs(np.asarray(grid)[:64:2, ::2] - np.hstack(above[:, 0]).astype(float)).max() <= 1
     assert "2 processes" in results[1]["hardware"] and "1 processes" in results[0]["hardware"]
     rows = [result["results"] for result in results]
     assert [row["model"] for row in rows[0]] == ["fashion32-onestep", "teacher"]
@@ -227,8 +232,12 @@ def test_captioned_images_give_prompts_and_what_they_retrieve(tmp_path, monkeypa
     """By the script, at several guidance scales, in bfloat16: every network call is cast, and gives float32."""
     pipeline = tiny_pipeline("sd")
     pipeline.save_pretrained(tmp_path / "teacher")
-    pictures = [Image.effect_noise((16, 16), 50).convert("RGB") for _ in range(6)]
-    for split, captions in (("train", ["a cat", "a dog"]), ("test", ["snow", "sea", "sky"] * 2)):
+    # the real images are the teacher's own, each beside the prompt that it was made of
+    network, asked = load_extractor("effnet-lite0"), [f"drawing {letter}" for letter in "abcdefghijklmnopqrst"]
+    teacher = Teacher.from_pretrained(tmp_path / "teacher", resolution=16)
+    drawn = sampler(teacher, num_inference_steps=1)(*conditions(teacher, 20, 0, asked), None)
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in drawn]
+    for split, captions in (("train", ["a cat", "a dog"]), ("test", asked)):
         rows = Dataset.from_dict({"image": pictures[: len(captions)], "caption": captions})
         rows.to_parquet(str(tmp_path / "data" / f"{split}.parquet"))
     seen, forward = [], StableDiffusionPipeline.encode_prompt
@@ -246,16 +255,26 @@ def test_captioned_images_give_prompts_and_what_they_retrieve(tmp_path, monkeypa
     monkeypatch.setattr(StableDiffusionPipeline, "encode_prompt", watched)
     monkeypatch.setattr(torch.nn.Conv2d, "forward", watched_convolution)
     flags = ["--pretrained_teacher_model", tmp_path / "teacher", "--teacher_steps", 1, "--guidance_scale", 1, 2]
-    flags += ["--reference", tmp_path / "data", "--extractor", "effnet-lite0", "--num_samples", 6]
-    flags += ["--resolution", 16, "--batch_size", 4, "--mixed_precision", "bf16", "--output_dir", tmp_path]
+    flags += ["--reference", tmp_path / "data", "--extractor", "effnet-lite0", "--num_samples", 20]
+    flags += ["--resolution", 16, "--batch_size", 8, "--mixed_precision", "bf16", "--output_dir", tmp_path]
     run_script("evaluate", *flags, "--metrics", "retrieval", "diversity")
-    assert set(seen[-6:]) == {"snow", "sea", "sky"}  # of the split that is asked for
+    assert seen[-20:] == asked  # of the split that is asked for, in the order of the noises
     assert (torch.bfloat16, True) in inside
     rows = json.loads((tmp_path / "metrics.json").read_text())["results"]
     assert [(row["model"], row["nfe"]) for row in rows] == [("teacher, guidance 1", 1), ("teacher, guidance 2", 2)]
     for row in rows:
         found = row["scores"]["recall-at-5-EffNetLite0@64"]
-        assert row["value"] == found["value"] == 1.0  # two of each caption: the five nearest of six miss none
+        assert row["value"] == found["value"] == 1.0  # every image finds itself
+    reference = Reference.load(str(tmp_path / "data"), network)
+    settings = {"num_inference_steps": 1, "num_samples": 20, "batch_size": 8, "prompts": reference.captions}
+    samples = generate(teacher, network, **settings)
+    turned = [*asked[7:], *asked[:7]]
+    assert measure(samples, reference, ["retrieval"]).value == 1
+    for images, real in (
+        (dataclasses.replace(samples, prompts=turned), reference),
+        (samples, dataclasses.replace(reference, captions=turned)),
+    ):
+        assert measure(images, real, ["retrieval"]).value < 0.5  # 0.25 by chance
     with pytest.raises(ValueError, match="`metrics` must be without 'retrieval' unless models have prompts"):
         network = FashionCNN.from_shipped()
         pixels = generate(OneStepPipeline.from_pretrained("fashion32-onestep"), network, num_samples=4)
