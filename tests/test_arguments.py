@@ -50,8 +50,13 @@ def test_published_numbers():
     assert SID_PRESETS["ffhq64"]["student_adam_beta1"] == 0.9
     assert DMD_PRESETS["dmd2-imagenet64"]["max_train_steps"] == 40_000
     assert DMD_PRESETS["cifar10-cond"]["train_batch_size"] == 56
-    assert PID_PRESETS["cifar10-uncond"]["max_train_steps"] == 800_000
-    assert PID_PRESETS["imagenet64-cond"]["learning_rate"] == 1e-4
+    names = ("global_batch_size", "train_batch_size", "learning_rate", "max_train_steps", "num_points", "start_ratio")
+    pid = [[PID_PRESETS[name][key] for key in names] for name in ("cifar10-uncond", "imagenet64-cond")]
+    assert pid == [[512, 64, 2e-4, 800_000, 250, 80.0], [2048, 32, 1e-4, 400_000, 250, 80.0]]
+    for preset in PID_PRESETS.values():  # of 0.9999 an update
+        halflife = 1000 * preset["ema_halflife_kimg"] / preset["global_batch_size"]
+        assert 0.5 ** (1 / halflife) == pytest.approx(0.9999, abs=1e-8)
+        assert (preset["optimizer"], preset["adam_weight_decay"]) == ("radam", 0.0)
     assert DMD_PRESETS["dmd2-sdxl-1step"]["student_timesteps"] == [399.0]
     assert DMD_PRESETS["dmd2-sdxl-4step"]["max_train_steps"] == 4_000
     assert DMD_PRESETS["dmd2-sd15"]["train_batch_size"] == 32 and DMD_PRESETS["dmd2-sd15"]["fake_score_updates"] == 10

@@ -64,6 +64,14 @@ def test_i1_boundary_holds_to_the_bit():
     z, f = 80 * torch.randn(100), torch.randn(100)
     assert torch.equal(trajectory(f, z, torch.tensor(T), T), z)
     assert torch.equal(trajectory(f, z, torch.tensor(0.0), T), f)
+    for schedule, kind in ((EDMSchedule(), "edm"), (FLOW, "flow_prediction"), (VP, "epsilon")):
+        distiller = PID(Denoiser(TimeMLP(), schedule, kind), distance="l2", sample_shape=(1, 1, 1))
+        start, index = distiller.init_noise_sigma * z.reshape(-1, 1, 1, 1), torch.zeros(100, dtype=torch.long)
+        x_t = distiller.point(distiller.f(start, index), start, index)
+        if schedule is VP:  # in the teacher's coordinates: over its scale and times it again
+            torch.testing.assert_close(x_t, start, rtol=3e-7, atol=0)
+        else:
+            assert torch.equal(x_t, start)
 
 
 @pytest.mark.parametrize("t", [80, 10, 1, 0.1, 0.002])
@@ -195,12 +203,27 @@ def test_i8_i9_gradients_reach_the_student_alone_and_in_the_stated_ratio():
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("rule, times", [("first", 2), ("second", 3), ("exact", 1)])
+def test_a_step_is_one_call_of_the_student_for_all_its_times_and_one_of_the_teacher(rule, times):
+    distiller, calls = edm_pid(student=TimeMLP(), rule=rule), []
+    for name in ("student", "teacher"):
+        network = getattr(distiller, name).network
+        network.register_forward_hook(
+            lambda module, args, out, name=name: calls.append((name, len(out), torch.is_grad_enabled()))
+        )
+    list(distiller.updates({"batch_size": 4}, torch.Generator().manual_seed(0)))
+    assert calls == [("student", 4 * times, True), ("teacher", 4, False)]
+
+
 def test_i10_point_masses():
-    c, z, grid = 0.7, starts(100), time_grid(18, 0.002, T)
-    x = [c + t / T * (z - c) for t in grid]
-    for i in range(17):
-        A = x[i] - grid[i] * (x[i] - x[i + 1]) / (grid[i] - grid[i + 1])
-        assert (A - c).abs().max() < 1e-10
+    c, z = 0.7, starts(100)
+    for n in (3, 18, 250):
+        grid = time_grid(n, 0.002, T)
+        x = [c + t / T * (z - c) for t in grid]
+        f = [(x_t - t / T * z) / (1 - t / T) for x_t, t in zip(x[1:], grid[1:], strict=True)]
+        assert all((v - c).abs().max() < 1e-10 for v in f)  # the ideal network is constant
+        for i in range(1, n - 1):
+            assert (residual(f[i - 1], f[i], grid[i], grid[i + 1], T) - c).abs().max() < 1e-10
     constant = nn.Module()
     constant.value = nn.Parameter(torch.tensor(-1.0))
     constant.forward = lambda sample, timestep, class_labels=None: constant.value.expand(sample.shape)
@@ -397,6 +420,21 @@ def test_the_exact_derivative_is_the_limit_of_the_first_order_rule():
     (u, _), (v, _) = (ode_time(distiller.teacher.schedule, distiller.timesteps[i]) for i in (index, index + 1))
     g = distiller.f(x_start, index + 1, None)
     torch.testing.assert_close(slope.double(), (f - g).double() / (u - v), rtol=0.05, atol=1e-4)
+
+
+class Solution(nn.Module):
+    """The ideal network of the EDM toy, whose trajectory is the solution of its ODE."""
+
+    def forward(self, sample, timestep, class_labels=None):
+        z = (S**2 + T**2) ** 0.5 * sample.double()
+        return exact_f(z, (4 * timestep.double()).exp().reshape(-1, 1, 1, 1)).to(sample.dtype)
+
+
+def test_i2_the_exact_rules_own_loss_vanishes_at_the_solution():
+    """Where the first-order rule leaves its residual of order 1 / N."""
+    noise = starts(248).float().reshape(-1, 1, 1, 1) / T
+    exact_rule, first = (edm_pid(student=Solution(), rule=rule) for rule in ("exact", "first"))
+    assert exact_rule.loss(noise, torch.arange(1, 249)) < 1e-8 < 1e-6 < first.loss(noise, torch.arange(1, 249))
 
 
 @pytest.mark.parametrize("schedule, kind", [(VP, "epsilon"), (FlowSchedule(), "flow_prediction")])
