@@ -618,7 +618,8 @@ def checkpoint_gradients(network: torch.nn.Module) -> None:
 def optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
     """The optimizer that a name of `--optimizer` means."""
     if name != "adamw8bit":
-        return {"adamw": partial(torch.optim.AdamW, fused=True), "radam": torch.optim.RAdam}[name]
+        radam = partial(torch.optim.RAdam, decoupled_weight_decay=True)
+        return {"adamw": partial(torch.optim.AdamW, fused=True), "radam": radam}[name]
     if not (torch.cuda.is_available() and is_bitsandbytes_available()):
         raise ValueError("`optimizer` 'adamw8bit' needs a GPU and bitsandbytes: pip install bitsandbytes.")
     from bitsandbytes.optim import AdamW8bit

@@ -17,7 +17,7 @@ from diffusers_onestep.arguments import TrainArguments
 from diffusers_onestep.data import Batches, Conditions
 from diffusers_onestep.methods.base import Distiller, Paper
 from diffusers_onestep.run_folder import checkpoints, latest_checkpoint
-from diffusers_onestep.trainer import Trainer
+from diffusers_onestep.trainer import Trainer, optimizer_class
 
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 
@@ -312,3 +312,11 @@ def test_bf16_keeps_float32_weights_and_trains_the_student(teacher_folder, tmp_p
     assert all(w.dtype == torch.float32 for w in weights.values())
     moved = [k for k in start if not torch.equal(weights[k], start[k])]
     assert len(moved) > 0.9 * len(start)
+
+
+@pytest.mark.parametrize("name", ["adamw", "radam"])
+def test_weight_decay_is_decoupled(name):
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.zeros(3)
+    optimizer_class(name)([weight], lr=0.1, weight_decay=0.5).step()
+    torch.testing.assert_close(weight.data, torch.full((3,), 0.95))
