@@ -65,7 +65,8 @@ def test_a_training_run_leaves_a_card_that_runs(student, licensed, tmp_path, mon
     assert card.data.get("base_model") is None  # a folder is none on the Hub
     text = card.text
     for part in ("use-based restrictions", "accept conditions first", "Drawn by Ada.", "abs/2311.18828", "(NFE 1)",
-                 "1 updates, 2 images seen", "Seed 0", "![samples](samples.png)", "Not measured: any distance",
+                 "1 updates, 2 images seen", "Seed 0", "![samples](samples.png)", "![health](health.png)",
+                 f"torch {torch.__version__.split('+')[0]}", "Not measured: any distance",
                  "@misc{yin2024", str(licensed)):  # fmt: skip
         assert part in text, part
     monkeypatch.chdir(tmp_path)

@@ -10,6 +10,7 @@ import torch
 import torch_fidelity
 from hub_server import LocalHub
 from safetensors.torch import save_file
+from test_arguments import script
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2Model
@@ -235,6 +236,22 @@ def test_a_saved_reference_is_the_one_that_was_made(tmp_path):
         ValueError, match=r"must be that of the extractor fashion with weights .* but is that of fashion"
     ):
         Reference.load(tmp_path / "r.safetensors", network)
+
+
+def test_the_script_makes_the_reference_of_a_split(tmp_path):
+    images = {split: torch.randint(0, 256, (30, 32, 32), dtype=torch.uint8) for split in ("train", "test")}
+    arrays = {f"images_{split}": pixels.numpy() for split, pixels in images.items()}
+    labels = {f"labels_{split}": np.zeros(30, dtype=np.int64) for split in images}
+    np.savez(tmp_path / "data.npz", class_names=np.array(["one"]), **arrays, **labels)
+    make, network = script("make_reference").main, FashionCNN.from_shipped()
+    given = {"dataset": str(tmp_path / "data.npz"), "split": "test", "extractor": "fashion", "extractor_weights": None}
+    make(**given, features=20, output=str(tmp_path / "r.safetensors"))
+    read, features = Reference.load(tmp_path / "r.safetensors", network), network(images["test"][:, None])[0]
+    for got, expected in zip((read.mean, read.covariance), moments(features), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert read.features.shape == (20, 128) and read.num_images == 30 and read.weights == network.digest()
+    with pytest.raises(ValueError, match=r"`output` must end with \.safetensors"):
+        make(**given, features=20, output="r.npz")
 
 
 def test_references_of_edm_and_adm_are_read_without_pickle(tmp_path):
