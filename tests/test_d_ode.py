@@ -15,7 +15,7 @@ from families import tiny_pipeline
 
 import diffusers_onestep
 from diffusers_onestep import fit_d_ode
-from diffusers_onestep.methods.dode import end_of, nested_teacher, solve, trajectory
+from diffusers_onestep.methods.dode import _fit_call, _Run, end_of, nested_teacher, solve, trajectory
 from diffusers_onestep.schedulers import DISTILLED_SCHEDULERS, solver_for
 from diffusers_onestep.schedulers.scheduling_d_ode import distilled_copy, first_order
 
@@ -50,9 +50,9 @@ def stock(name):
     return getattr(diffusers, f"{kind}Scheduler")(**{k: v for k, v in settings.items() if k != "pndm_type"})
 
 
-def levels(t):
+def levels(t, beta_end=0.02):
     """alpha and sigma of DDPM's linear betas, at fractional timesteps by the ratio, as diffusers interpolates it."""
-    products = DDPMScheduler().alphas_cumprod.double()
+    products = DDPMScheduler(beta_end=beta_end).alphas_cumprod.double()
     ratio = ((1 - products) / products).sqrt()
     low = int(t)
     high = min(low + 1, len(ratio) - 1)
@@ -60,11 +60,11 @@ def levels(t):
     return 1 / (1 + r**2).sqrt(), r / (1 + r**2).sqrt()
 
 
-def predictor(denoise, edm=False):
+def predictor(denoise, edm=False, beta_end=0.02):
     """`predict(scaled_sample, t)` of a data prediction `denoise(x, alpha, sigma)`: epsilon, or EDM's F."""
 
     def epsilon(sample, t):
-        alpha, sigma = levels(t)
+        alpha, sigma = levels(t, beta_end)
         x = sample.double()
         return ((x - alpha * denoise(x, alpha, sigma)) / sigma).to(sample.dtype)
 
@@ -227,7 +227,18 @@ def test_fitted_numbers_are_the_least_squares_of_their_own_states(name):
 # 5. to 7. known distributions
 
 
-@pytest.mark.parametrize("name", ["ddim", "ipndm", "dpm1", "dpm2", "deis", "euler", "edm-euler", "edm-dpm"])
+ONE_CALL_A_STEP = ["ddim", "ipndm", "dpm1", "dpm2", "deis", "euler", "edm-euler", "edm-dpm"]
+
+
+def exact_flow(scheduler, x, variance, mu):
+    """The states at the nodes of the exact flow from `x`, for data N(mu, variance)."""
+    alpha, sigma = scheduler.nodes[0]
+    start = x.double() - alpha * mu
+    spread = alpha**2 * variance + sigma**2
+    return [a * mu + ((a**2 * variance + s**2) / spread) ** 0.5 * start for a, s in scheduler.nodes]
+
+
+@pytest.mark.parametrize("name", ONE_CALL_A_STEP)
 @pytest.mark.parametrize("variance, mu", [(0.25, 0.0), (0.6, 0.3)])
 def test_on_an_isotropic_gaussian_the_fit_equals_its_teacher(name, variance, mu):
     scheduler, predict = build(name), predict_for(name, gaussian(variance, mu))
@@ -241,10 +252,74 @@ def test_on_an_isotropic_gaussian_the_fit_equals_its_teacher(name, variance, mu)
     target = end_of(trajectory(teacher, x / ratio, None, lambda s, t, _: predict(s, t)))
     moved = final(scheduler, predict, held, 5) - target
     base = final(build(name), predict, held, 5) - target
-    # the last step of a data prediction has no error left to correct; the others end where the teacher does
-    assert moved.norm() < 2e-3 * target.norm()
-    assert moved.norm() < 0.05 * base.norm() or base.norm() < 2e-3 * target.norm()
+    assert moved.norm() < 5e-5 * target.norm() and base.norm() > 0.03 * target.norm()
     assert report.accepted
+
+
+@pytest.mark.parametrize(
+    "name, teacher, base, fitted",
+    [
+        ("ddim", DDIMScheduler(clip_sample=False, **TRAILING), 0.2378, 0.0286),
+        ("dpm2", DPMSolverMultistepScheduler(**TRAILING), 0.2290, 0.0005),
+    ],
+)
+def test_i5_the_numbers_of_the_specification(name, teacher, base, fitted):
+    """RMSE to the exact flow at s**2 = 0.25: the fitted solver has its teacher's."""
+    scheduler, predict, held = build(name), predict_for(name, gaussian(0.25)), noises(400, seed=9)
+    fit(scheduler, predict, 5, teacher_scheduler=teacher)
+    scheduler.set_timesteps(5)
+    exact = exact_flow(scheduler, held, 0.25, 0.0)[-1]
+    solvers = (build(name), 5), (scheduler, 5), (teacher, 50)
+    rmse = [((final(s, predict, held, n) - exact) ** 2).mean().sqrt().item() for s, n in solvers]
+    assert rmse[0] == pytest.approx(base, rel=0.01) and rmse[1] == pytest.approx(fitted, rel=0.01, abs=5e-5)
+    assert rmse[1] == pytest.approx(rmse[2], rel=1e-3)
+
+
+def errors_of_a_fit_to_the_flow(scheduler, predict, variance, mu):
+    """Relative errors to the exact flow at nodes 1..5 of a solver that is fitted to the flow itself, and by node
+    whether the fit left its number at 0 because its direction is below a thousandth of `w m`; of these nodes the
+    error is the one that the closed form reaches nevertheless."""
+    scheduler.set_timesteps(5)
+    teacher, places = nested_teacher(scheduler, 2, None)
+    errors, degenerate = [], []
+    with torch.no_grad():
+        run = _Run(scheduler, teacher, places, noises(100, seed=1), None, lambda x, t, _: predict(x, t))
+        flow = exact_flow(scheduler, run.x, variance, mu)
+        run.states = [state.float() for state in flow]
+        for call, exact in enumerate(flow[1:]):
+            run.advance(call, 1)
+            fitted, _, _ = _fit_call([run], 0.0, "a test")
+            run.correct(fitted)
+            square, state = run.gram.sum(), run.x
+            degenerate.append(bool(square <= 1e-6 * run.scale))
+            if degenerate[-1]:
+                assert fitted == [0.0]
+                state = run.base + (run.projection.sum() / square if square else 0.0) * run.directions[0]
+            errors.append(((state - exact).norm() / exact.norm()).item())
+    return errors, degenerate
+
+
+@pytest.mark.parametrize("name", ONE_CALL_A_STEP)
+@pytest.mark.parametrize("variance, mu", [(0.25, 0.0), (0.6, 0.3)])
+def test_i5_fitted_to_the_exact_flow_every_node_from_the_second_on_is_on_it(name, variance, mu):
+    """The bound of the specification. At DDPM's noisiest levels two noise predictions differ by less than a
+    thousandth, where the specification's guard sets the number to 0: that node, the second at most, is 5e-3 off the
+    flow, and the closed form without the guard is on it."""
+    predict = predict_for(name, gaussian(variance, mu))
+    errors, degenerate = errors_of_a_fit_to_the_flow(build(name), predict, variance, mu)
+    assert max(errors[1:]) < 5e-4
+    assert not any(degenerate[2:]) and (not degenerate[1] or build(name).dode_space == "epsilon")
+
+
+@pytest.mark.parametrize("name", ["ddim", "ipndm", "deis"])
+@pytest.mark.parametrize("first_step", ["none", "noise"])
+def test_i5_on_a_milder_schedule_no_number_is_guarded_and_noise_reaches_the_first_node(name, first_step):
+    scheduler = build(name, beta_end=0.006, dode_first_step=first_step)
+    predict = predictor(gaussian(0.25), beta_end=0.006)
+    errors, degenerate = errors_of_a_fit_to_the_flow(scheduler, predict, 0.25, 0.0)
+    first = 0 if first_step == "noise" else 1
+    assert max(errors[first:]) < 5e-4 and not any(degenerate[first:])
+    assert first == 0 or errors[0] > 5e-4
 
 
 @pytest.mark.parametrize(
@@ -272,8 +347,8 @@ def test_on_an_anisotropic_gaussian_the_published_prototype_is_reached(name, ste
     scale = ((end[0] ** 2 * variance + end[1] ** 2) / (alpha**2 * variance + sigma**2)).sqrt()
     rmse = [((final(s, predict, held, steps) - scale * held) ** 2).mean().sqrt() for s in (build(name), scheduler)]
     assert rmse[1] < 0.75 * rmse[0]
-    assert rmse[0].item() == pytest.approx(base, rel=0.15)
-    assert rmse[1].item() == pytest.approx(fitted, rel=0.25)
+    assert rmse[0].item() == pytest.approx(base, rel=0.01)
+    assert rmse[1].item() < 1.01 * fitted
 
 
 @pytest.mark.parametrize("denoise", [gaussian(torch.logspace(0, -3, 64)), mixture(seed=4), mixture(5, 0.1)])
@@ -294,7 +369,8 @@ def test_on_a_mixture_ddim_passes_dpm_solver():
         name: (final(s, predict, held, 4) - fine).pow(2).mean().sqrt().item()
         for name, s in {"base": build("ddim"), "dpm2": build("dpm2"), "fitted": scheduler}.items()
     }
-    assert rmse["fitted"] < 0.75 * rmse["base"] and rmse["fitted"] < rmse["dpm2"]
+    # the specification's drop, .266 to .174; its modes are not known
+    assert rmse["fitted"] < 0.654 * rmse["base"] and rmse["fitted"] < rmse["dpm2"] < rmse["base"]
 
 
 def test_two_directions_are_nearer_than_one():
@@ -321,23 +397,34 @@ def test_data_space_with_half_the_step_ratio_is_dpm_solver_2m(name):
     lambdas = [0.0] + [h[i] / (2 * h[i - 1]) for i in range(1, steps - 1)] + [0.0]
     ours = build(name, dode_space="sample", dode_tables=table(ours, steps, lambdas))
     base = DPMSolverMultistepScheduler(solver_order=2, solver_type="midpoint", **TRAILING)
-    noise, predict = noises(4), predict_for(name)
+    predict = predict_for(name)
+    noise = noises(4) * 140 / final(base, predict, noises(4), steps).abs().max()  # ends at |x| = 140
     torch.testing.assert_close(
-        final(ours, predict, noise, steps), final(base, predict, noise, steps), atol=1e-4, rtol=0
+        final(ours, predict, noise, steps), final(base, predict, noise, steps), atol=8e-5, rtol=0
     )
 
 
 @pytest.mark.filterwarnings("ignore:.*algorithm_type `dpmsolver` is deprecated")
-@pytest.mark.parametrize("algorithm", ["dpmsolver", "dpmsolver++"])
-def test_singlestep_is_dpm_solver_2_by_hand(algorithm):
+@pytest.mark.parametrize(
+    "algorithm, beta_end, tolerance",
+    [
+        ("dpmsolver++", 0.02, 3e-5),
+        ("dpmsolver", 0.006, 3e-5),
+        # from DDPM's last level the noise form grows by 1 / alpha = 157, and float32's rounding of alpha with it, also
+        # for float64 samples
+        ("dpmsolver", 0.02, 1.5e-3),
+    ],
+)
+def test_singlestep_is_dpm_solver_2_by_hand(algorithm, beta_end, tolerance):
     """Kim et al.'s D-DPM-Solver-2 and its data form, block by block."""
     options = {"algorithm_type": algorithm, "final_sigmas_type": "sigma_min", "lower_order_final": False}
+    options["beta_end"] = beta_end
     cls = diffusers_onestep.DistilledDPMSolverSinglestepScheduler
     ours, lambdas = cls(**options), [0.0, 0.3, -0.2, 0.4]
     ours.set_timesteps(4)
     ours = cls(**options, dode_tables=table(ours, 4, lambdas))
-    predict, x = predict_for("ddim"), noises(4)
-    result = final(ours, predict, x, 4)
+    predict, x = predictor(gaussian(torch.arange(1, 65.0) ** -1.2), beta_end=beta_end), noises(4)
+    result, x = final(ours, predict, x, 4), x.double()
     nodes, ts, last = ours.nodes, ours.timesteps, None
     log_snr = [math.log(alpha / sigma) for alpha, sigma in nodes]
     noise_form = algorithm == "dpmsolver"
@@ -363,8 +450,7 @@ def test_singlestep_is_dpm_solver_2_by_hand(algorithm):
         a, w = coefficients(i, i + 2)
         x = a * x + w * m + w / (2 * r1) * (1 + lambdas[i + 1]) * (newest - m)
         last = newest
-    # the noise form grows by 1 / alpha = 157 on the way, and float32's rounding with it
-    torch.testing.assert_close(result, x, atol=2e-3 if noise_form else 1e-4, rtol=1e-4)
+    torch.testing.assert_close(result.double(), x, atol=tolerance, rtol=0)
     assert (final(cls(**options), predict, noises(4), 4) - x).abs().mean() > 0.01
 
 
@@ -373,28 +459,55 @@ def test_singlestep_is_dpm_solver_2_by_hand(algorithm):
 
 @EVERY
 def test_micro_batches_and_order_do_not_matter(name):
-    noise, predict = noises(60, seed=2), predict_for(name)
+    noise, predict = noises(60, seed=2).double(), predict_for(name)
     whole = fit(build(name), predict, 4, noise)
     parts = fit(build(name), predict, 4, noise, batch_size=17)
-    turned = fit(build(name), predict, 4, noise.flip(0), batch_size=60)
+    turned = fit(build(name), predict, 4, noise.flip(0))
     for other in (parts, turned):
         for a, b in zip(whole.lambdas, other.lambdas, strict=True):
-            assert a == pytest.approx(b, rel=1e-4, abs=1e-7)  # float32 states; the sums themselves are float64
+            assert a == pytest.approx(b, rel=1e-10)
 
 
-def test_micro_batches_in_float64_agree_to_1e_10():
-    noise, predict = noises(60, seed=2).double(), predict_for("ddim")
-    whole, parts = (fit(build("ddim"), predict, 4, noise, batch_size=size) for size in (None, 17))
-    for a, b in zip(whole.lambdas, parts.lambdas, strict=True):
-        assert a == pytest.approx(b, rel=1e-10)
+TWO_RANKS = """
+import json
+from test_d_ode import *
+state = diffusers_onestep.methods.dode.PartialState()
+noise = noises(60, seed=2).double()[state.process_index :: state.num_processes]
+report = fit(build("dpm2"), predict_for("dpm2"), 4, noise, batch_size=17)
+if state.is_main_process:
+    print(json.dumps([report.table["batch_size"], report.lambdas, report.stderr, report.heldout_mse]))
+state.destroy_process_group()
+"""
+
+
+def test_two_ranks_in_float64_agree_to_1e_10(tmp_path):
+    import sys
+
+    from conftest import ROOT
+    from test_trainer import run
+
+    (tmp_path / "fit.py").write_text(TWO_RANKS)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29521"]
+    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = run([*launcher, str(tmp_path / "fit.py")], **environment)
+    count, lambdas, stderr, heldout_mse = json.loads(done.stdout.splitlines()[-1])
+    whole = fit(build("dpm2"), predict_for("dpm2"), 4, noises(60, seed=2).double())
+    assert count == 60 and any(any(row) for row in lambdas)
+    for ours, theirs in ((whole.lambdas, lambdas), (whole.stderr, stderr)):
+        for a, b in zip(ours, theirs, strict=True):
+            assert a == pytest.approx(b, rel=1e-10)
+    assert heldout_mse == pytest.approx(whole.heldout_mse, rel=1e-10)
 
 
 def test_orthogonal_transforms_do_not_matter_to_a_rotation_invariant_denoiser():
-    noise = noises(60, seed=2)
-    rotation, _ = torch.linalg.qr(noises(64, seed=7))
-    plain, turned = (fit(build("ddim"), predictor(gaussian(0.3)), 4, x) for x in (noise, noise @ rotation))
+    noise = noises(60, seed=2).double()
+    rotation, _ = torch.linalg.qr(noises(64, seed=7).double())
+    teacher = DDIMScheduler(clip_sample=False, **TRAILING)  # the default one rounds its states to float32
+    predict = predictor(gaussian(0.3))
+    plain, turned = (fit(build("ddim"), predict, 4, x, teacher_scheduler=teacher) for x in (noise, noise @ rotation))
+    assert sum(any(row) for row in plain.lambdas) >= 2
     for a, b in zip(plain.lambdas, turned.lambdas, strict=True):
-        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+        assert a == pytest.approx(b, rel=1e-10)
 
 
 def test_two_batches_agree_within_their_standard_errors():
@@ -405,7 +518,7 @@ def test_two_batches_agree_within_their_standard_errors():
         if la and lb:
             assert abs(la - lb) < 4 * math.hypot(sa, sb)
             compared += 1
-    assert compared >= 3
+    assert compared >= 3 and a.accepted and b.accepted
 
 
 # 12. re-entrance
@@ -419,12 +532,21 @@ def test_a_second_run_is_the_same_and_copies_share_nothing(name):
     noise = noises(3)
     first = final(scheduler, predict, noise, 5)
     assert torch.equal(final(scheduler, predict, noise, 5), first)
-    half_way = copy.deepcopy(scheduler)
-    half_way.set_timesteps(5)
-    x, t = noise * scheduler.init_noise_sigma, half_way.timesteps[0]
-    half_way.step(predict(half_way.scale_model_input(x, t), t), t, x)
-    assert scheduler._dode_previous is not half_way._dode_previous
-    assert torch.equal(final(scheduler, predict, noise, 5), first)
+    # a copy that is made half way goes on as the run does, and whatever it is fed leaves the run alone
+    scheduler.set_timesteps(5)
+    x, ends = noise * scheduler.init_noise_sigma, []
+    half = len(scheduler.timesteps) // 2
+    for t in scheduler.timesteps[:half]:
+        x = scheduler.step(predict(scheduler.scale_model_input(x, t), t), t, x).prev_sample
+    twin, other = copy.deepcopy(scheduler), copy.deepcopy(scheduler)
+    for t in other.timesteps[half:]:
+        other.step(noise, t, noise)
+    for solver in (twin, scheduler):
+        y = x
+        for t in solver.timesteps[half:]:
+            y = solver.step(predict(solver.scale_model_input(y, t), t), t, y).prev_sample
+        ends.append(y)
+    assert torch.equal(ends[0], first) and torch.equal(ends[1], first)
 
 
 @pytest.mark.parametrize("name", [n for n in SOLVERS if n != "plms"])
@@ -484,19 +606,19 @@ NESTED = [
     ("DPMSolverMultistep", {"timestep_spacing": "linspace"}, (4, 5, 7, 8, 10, 20), "CN"),
     ("DPMSolverMultistep", TRAILING, (4, 5, 7, 8, 10, 20), "CN"),
     ("DEISMultistep", {"timestep_spacing": "linspace"}, (4, 5, 7, 8, 10, 20), "CN"),
-    ("DEISMultistep", TRAILING, (4, 5, 7, 10, 20), "CN"),
-    ("DPMSolverSinglestep", {}, (4, 5, 7, 10, 20), "CN"),
-    ("EulerDiscrete", TRAILING, (4, 5, 7, 10, 20), "CN"),
-    ("HeunDiscrete", TRAILING, (4, 5, 7, 10, 20), "CN"),
-    ("EulerDiscrete", {"timestep_spacing": "linspace"}, (4, 5, 7, 10, 20), "inclusive"),
-    ("HeunDiscrete", {"timestep_spacing": "linspace"}, (4, 5, 7, 10, 20), "inclusive"),
-    ("DPMSolverMultistep", {"use_karras_sigmas": True}, (4, 5, 7, 10, 20), "inclusive"),
-    ("DPMSolverMultistep", {"use_exponential_sigmas": True}, (4, 5, 10), "inclusive"),
-    ("DPMSolverMultistep", {"use_lu_lambdas": True}, (4, 5, 10), "inclusive"),
-    ("EulerDiscrete", {"use_karras_sigmas": True}, (4, 5, 7, 10, 20), "inclusive"),
-    ("HeunDiscrete", {"use_karras_sigmas": True}, (4, 5, 7, 10, 20), "inclusive"),
-    ("EDMEuler", {}, (4, 5, 7, 10, 20), "inclusive"),
-    ("EDMDPMSolverMultistep", {"sigma_schedule": "exponential"}, (4, 5, 7, 10, 20), "inclusive"),
+    ("DEISMultistep", TRAILING, (4, 5, 7, 8, 10, 20), "CN"),
+    ("DPMSolverSinglestep", {}, (4, 5, 7, 8, 10, 20), "CN"),
+    ("EulerDiscrete", TRAILING, (4, 5, 7, 8, 10, 20), "CN"),
+    ("HeunDiscrete", TRAILING, (4, 5, 7, 8, 10, 20), "CN"),
+    ("EulerDiscrete", {"timestep_spacing": "linspace"}, (4, 5, 7, 8, 10, 20), "inclusive"),
+    ("HeunDiscrete", {"timestep_spacing": "linspace"}, (4, 5, 7, 8, 10, 20), "inclusive"),
+    ("DPMSolverMultistep", {"use_karras_sigmas": True}, (4, 5, 7, 8, 10, 20), "inclusive"),
+    ("DPMSolverMultistep", {"use_exponential_sigmas": True}, (4, 5, 7, 8, 10, 20), "inclusive"),
+    ("DPMSolverMultistep", {"use_lu_lambdas": True}, (4, 5, 7, 8, 10, 20), "inclusive"),
+    ("EulerDiscrete", {"use_karras_sigmas": True}, (4, 5, 7, 8, 10, 20), "inclusive"),
+    ("HeunDiscrete", {"use_karras_sigmas": True}, (4, 5, 7, 8, 10, 20), "inclusive"),
+    ("EDMEuler", {}, (4, 5, 7, 8, 10, 20), "inclusive"),
+    ("EDMDPMSolverMultistep", {"sigma_schedule": "exponential"}, (4, 5, 7, 8, 10, 20), "inclusive"),
 ]
 
 
@@ -697,9 +819,7 @@ def test_pixel_pipelines_keep_the_class(tmp_path):
 def test_signatures_are_the_stock_ones(name):
     ours, base = type(build(name)), getattr(diffusers, f"{SOLVERS[name][0]}Scheduler")
     for method in ("step", "set_timesteps"):
-        assert [*inspect.signature(getattr(ours, method)).parameters] == [
-            *inspect.signature(getattr(base, method)).parameters
-        ]
+        assert inspect.signature(getattr(ours, method)) == inspect.signature(getattr(base, method))
 
 
 # 16. cost
@@ -729,6 +849,7 @@ def test_the_fit_evaluates_the_network_as_often_as_it_says(name, calls, teacher)
 def test_with_clipping_a_step_is_still_affine_in_lambda():
     blank = diffusers_onestep.DistilledDDIMScheduler(clip_sample=True, clip_sample_range=0.5, **TRAILING)
     blank.set_timesteps(5)
+    predict = predictor(gaussian(0.25, mu=0.5))  # half of what it predicts is clipped
     outcomes = []
     for value in (0.0, 0.5, 1.0):
         tables = table(blank, 5, [0.0, value, 1e-9, 0.0, 0.0])
@@ -736,8 +857,10 @@ def test_with_clipping_a_step_is_still_affine_in_lambda():
         scheduler.set_timesteps(5)
         x = noises(3)
         for t in scheduler.timesteps[:2]:
-            x = scheduler.step(predict_for("ddim")(x, t), t, x).prev_sample
+            output = scheduler.step(predict(x, t), t, x)
+            x = output.prev_sample
         outcomes.append(x)
+        assert 0.2 < (output.pred_original_sample == 0.5).float().mean() < 0.8
     torch.testing.assert_close(outcomes[1], (outcomes[0] + outcomes[2]) / 2)
     assert not torch.equal(outcomes[0], outcomes[2])
 
@@ -1116,22 +1239,6 @@ def test_what_the_network_predicts_does_not_matter(name, kind):
         fit(scheduler, network, 5)
         ends.append(final(scheduler, network, noises(4), 5))
     torch.testing.assert_close(*ends, rtol=2e-2, atol=5e-3)
-
-
-@pytest.mark.parametrize("name", ["ddim", "dpm2", "deis", "ipndm"])
-def test_i5_nodes_of_an_isotropic_gaussian_are_on_the_exact_flow(name):
-    """With nearly exact targets (a teacher of 1,000 steps) every node from the second on lies on the flow."""
-    variance, mu = 0.25, 0.0
-    scheduler, predict = build(name), predict_for(name, gaussian(variance, mu))
-    fit(scheduler, predict, 5, scale=200, noise=noises(100, seed=1).double())
-    scheduler.set_timesteps(5)
-    held = noises(50, seed=9).double()
-    (alpha, sigma), nodes = scheduler.nodes[0], scheduler.nodes
-    for call, state in trajectory(scheduler, held, None, lambda s, t, _: predict(s, t)):
-        alpha_t, sigma_t = nodes[call + 1]
-        exact = ((alpha_t**2 * variance + sigma_t**2) / (alpha**2 * variance + sigma**2)) ** 0.5 * held
-        if call >= 1:
-            assert (state - exact).norm() < 3e-3 * exact.norm()  # the teacher's own error is 2e-3
 
 
 @pytest.mark.slow

@@ -425,12 +425,14 @@ class _PNDM(PNDMScheduler):
     """diffusers' PNDM, and as `pndm_type` "ipndm" the multistep solver of Zhang & Chen 2022 (iPNDM), which starts with
     lower orders instead of a second evaluation. (diffusers' own `IPNDMScheduler` has a schedule of its own.)"""
 
+    @functools.wraps(PNDMScheduler.set_timesteps)
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None):
         super().set_timesteps(num_inference_steps, device)
         if self.config.get("pndm_type") == "ipndm":
             self.prk_timesteps, self.plms_timesteps = self._timesteps[:0], self._timesteps[::-1].copy()
             self.timesteps = torch.from_numpy(self.plms_timesteps).to(device)
 
+    @functools.wraps(PNDMScheduler.step)
     def step(self, model_output: torch.Tensor, timestep: int, sample: torch.Tensor, return_dict: bool = True):
         if self.config.get("pndm_type") != "ipndm":
             return super().step(model_output, timestep, sample, return_dict)
