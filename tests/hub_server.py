@@ -15,7 +15,16 @@ import yaml
 
 TOKEN = "hf_" + "a1B2" * 9
 USER = "user"
-LICENSES = {"apache-2.0", "mit", "creativeml-openrail-m", "openrail++", "cc-by-4.0", "cc-by-nc-4.0", "other", "unknown"}
+LICENSES = {
+    "apache-2.0",
+    "mit",
+    "creativeml-openrail-m",
+    "openrail++",
+    "cc-by-4.0",
+    "cc-by-nc-4.0",
+    "other",
+    "unknown",
+}
 TASKS = {"text-to-image", "unconditional-image-generation"}
 
 

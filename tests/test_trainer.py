@@ -1,5 +1,6 @@
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -70,18 +71,19 @@ def test_resumed_run_has_bit_identical_weights(unbroken, teacher_folder, tmp_pat
 
 
 def test_killed_run_resumes_and_its_folder_always_loads(unbroken, teacher_folder, tmp_path):
-    process = subprocess.Popen(
-        script("train_sid.py", *sid_flags(teacher_folder, tmp_path)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    deadline = time.monotonic() + 120
-    while latest_checkpoint(tmp_path) is None and process.poll() is None and time.monotonic() < deadline:
+    # a checkpoint and a student at every step, so that a kill at any moment finds them being written
+    command = script("train_sid.py", *sid_flags(teacher_folder, tmp_path, checkpointing_steps=1))
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "model_index.json").is_file() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
+    OneStepPipeline.from_pretrained(tmp_path)  # beside the run, which goes on
+    time.sleep(random.uniform(0, 0.3))
     process.kill()
     process.wait()
+    OneStepPipeline.from_pretrained(tmp_path)
     for path in checkpoints(tmp_path):
         assert (path / "trainer_state.json").is_file() and (path / "optimizer.bin").is_file()
-    if (tmp_path / "model_index.json").is_file():
-        OneStepPipeline.from_pretrained(tmp_path)
     run(script("train_sid.py", *sid_flags(teacher_folder, tmp_path, resume_from_checkpoint="latest")))
     assert_same_weights(tmp_path, unbroken)
 
@@ -184,7 +186,8 @@ class Scripted(Distiller):
             value = self.losses[step] if self.losses else 1.0
             if value == "no slope":  # a loss of 0 with an infinite gradient
                 yield name, (parameter - before).sum().sqrt()
-            yield name, (parameter * value).sum() * batch.get("scale", 1.0)
+            else:
+                yield name, (parameter * value).sum() * batch.get("scale", 1.0)
             if self.moves_at_once:  # the loop steps before it asks again
                 assert not torch.equal(parameter.detach(), before)
 
@@ -213,6 +216,24 @@ def test_non_finite_loss_or_gradient_names_everything(tmp_path, bad, what):
     message = str(error.value)
     for part in ("Scripted", "'fake_score'", what, "step 2", "step-000002"):
         assert part in message
+
+
+def test_infinite_gradients_are_replaced_where_the_method_says_so(tmp_path):
+    distiller = Scripted(losses=[1.0, "no slope", 1.0])
+    distiller.sanitize_gradients = True  # as SiD
+    train(distiller, batches_of(), arguments(tmp_path, max_train_steps=3))
+    assert SiD.sanitize_gradients and not DMD.sanitize_gradients
+    assert all(p.isfinite().all() for network in distiller.trainable.values() for p in network.parameters())
+
+
+def test_a_fake_score_that_equals_the_teacher_moves_the_student_by_weight_decay_alone(tmp_path):
+    """Specification of DMD, I8."""
+    distiller = DMD(gaussian_denoiser(EDM, "edm", 0.3, 0.5), sample_shape=(1, 4, 4))
+    trainer = Trainer(distiller, arguments(tmp_path, learning_rate=1e-2, adam_weight_decay=0.01))
+    trainer.train_step([{"batch_size": 8, "cond": {}}])
+    moved = [p.item() for p in distiller.student.parameters()]
+    assert moved == pytest.approx([v * (1 - 1e-2 * 0.01) for v in (0.3, 0.5)], rel=1e-6)
+    assert [p.item() for p in distiller.fake_score.parameters()] != pytest.approx([0.3, 0.5], rel=1e-3)
 
 
 def test_interrupted_checkpoint_is_absent(tmp_path, monkeypatch):
@@ -263,10 +284,20 @@ def test_clipping_warm_up_and_rates(tmp_path):
         fake_score_learning_rate=0.1, max_train_steps=5,
     )  # fmt: skip
     trainer = Trainer(Scripted(moves_at_once=False), args)  # warm-up starts at rate 0
+    seen = []
+    for name, optimizer in trainer.optimizers.items():
+        parameters = trainer.parameters[name]
+        optimizer.optimizer.register_step_pre_hook(
+            lambda *_, parameters=parameters: seen.append(
+                torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
+            )
+        )
     trainer.run(batches_of(scale=100.0))
+    assert len(seen) == 15 and seen == pytest.approx([0.5] * 15, rel=1e-4)  # each network by itself
     rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in trainer.optimizers.items()}
     assert rates == pytest.approx({"student": 0.5, "fake_score": 0.05})
-    assert trainer.max_grad_norm == 0.5
+    plain = arguments(tmp_path / "other")
+    assert Trainer(DMD(gaussian_denoiser(EDM, "edm"), sample_shape=(1, 1, 1)), plain).max_grad_norm == 10  # DMD's
 
 
 def test_missing_tracker_and_bad_arguments_are_refused(tmp_path, monkeypatch):
