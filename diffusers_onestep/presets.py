@@ -2,6 +2,10 @@
 
 `max_train_steps` is the published duration in images over the global batch; `train_batch_size` the published batch of
 one GPU, where it is known. PID and DKDM have no published text-to-image model.
+
+Two of the DMD papers' runs are not here: Stable Diffusion on LAION-6+ (DMD), whose batch, weights and noise levels
+were changed on the way, and SDXL's four-step LoRA (DMD2), an adapter beside a whole fake score: `lora_rank` makes both
+adapters.
 """
 
 
