@@ -54,6 +54,9 @@ class TeacherArguments(TrainArguments):
         default=1.0, metadata={"help": "Guidance of the teacher, which the student bakes in; 1.0: off."}
     )
     prompts: str | None = field(default=None, metadata={"help": "Text-to-image: a file of prompts, one a line."})
+    prompt: list[str] | None = field(
+        default=None, metadata={"help": "Text-to-image: the prompts themselves, instead of the file `prompts`."}
+    )
     dataset_name: str | None = field(
         default=None, metadata={"help": "Text-to-image: a data set of captions (and images), instead of `prompts`."}
     )
@@ -89,17 +92,17 @@ class TeacherArguments(TrainArguments):
         return teacher if self.guidance_scale == 1.0 else teacher.guided(self.guidance_scale)
 
     def load_samples(self, teacher: Teacher, *, images: bool = False, pairs: str | None = None) -> Samples:
-        """What batches are drawn from: conditions (every label, or the prompts of `prompts` or `dataset_name`), with
-        real `images` of `dataset_name`, or teacher `pairs`. Text encoders, which are not needed after that, are saved
-        to the output folder and freed."""
-        given = {name: getattr(self, name) for name in ("prompts", "dataset_name")} | {"pairs": pairs}
+        """What batches are drawn from: conditions (every label, or what `prompts`, `prompt` or `dataset_name` say),
+        with real `images` of `dataset_name`, or teacher `pairs`. Text encoders, which are not needed after that, are
+        saved to the output folder and freed."""
+        given = {name: getattr(self, name) for name in ("prompts", "prompt", "dataset_name")} | {"pairs": pairs}
         given = {name: value for name, value in given.items() if value is not None}
         if not teacher.takes_prompts:
             if wrong := given.keys() - {"pairs"}:
                 raise ValueError(f"`{min(wrong)}` must be None for a teacher that takes no prompts.")
             return load_pairs(pairs) if pairs else Conditions(teacher.encode())
         if len(given) != 1 or (images and "dataset_name" not in given):
-            needed = "`dataset_name`" if images else "One of `prompts` and `dataset_name` (or `pairs`)"
+            needed = "`dataset_name`" if images else "One of `prompts` and `dataset_name` (or `prompt`, or `pairs`)"
             raise ValueError(f"{needed} must be given for this text-to-image teacher, but given are {given}.")
         accelerator = Accelerator(mixed_precision=self.mixed_precision)
         how = {"cache_dir": self.cache_dir, "batch_size": self.encoding_batch_size, "device": accelerator.device}
@@ -108,6 +111,8 @@ class TeacherArguments(TrainArguments):
             samples = PromptPairs(teacher, load_pairs(pairs).rows, **how)
         elif self.prompts is not None:
             samples = PromptEmbeddings(teacher, read_prompts(self.prompts), **how)
+        elif self.prompt is not None:
+            samples = PromptEmbeddings(teacher, self.prompt, **how)
         else:
             rows = load_rows(self.dataset_name, self.dataset_split)
             captions = column_of(rows, self.caption_column, "caption_column", "string", ("text", "caption", "prompt"))

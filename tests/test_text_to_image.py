@@ -213,9 +213,18 @@ def test_pairs_hold_prompts_and_feed_the_regression(folders, tmp_path):
     torch.testing.assert_close(rows["target"][:], target, rtol=1e-4, atol=1e-4)
 
 
+def test_prompts_of_the_command_line_are_those_of_a_file(folders, tmp_path):
+    settings = {"max_train_steps": 1}
+    run_script("train_dmd", *flags(folders, "sd", tmp_path / "file", **settings))
+    run_script("train_dmd", *flags(folders, "sd", tmp_path / "line", prompts=None, prompt=PROMPTS, **settings))
+    one, two = (_weights(tmp_path / name / "unet") for name in ("file", "line"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
+        ({"prompt": ["a cat"]}, "One of `prompts` and `dataset_name`"),
         ({"prompts": None}, "One of `prompts` and `dataset_name`"),
         ({"resolution": 15}, "`resolution` must be a multiple of 2, but is 15"),
         ({"prompts": "nothing.txt"}, "`prompts` must be a UTF-8 file"),
