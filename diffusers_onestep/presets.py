@@ -130,6 +130,10 @@ DMD_PRESETS = {
     "dmd2-sd15": _dmd2(1e-5, 40_000, **_SD15),
     "dmd2-sd15-gan": _dmd2(5e-7, 5_000, gan_weight=1e-3, **_SD15),  # goes on from the student of the one above
     "dmd2-sdxl-4step": _dmd2(5e-7, 20_000, student_timesteps=[999.0, 749.0, 499.0, 249.0], **_SDXL),
+    # theirs has adapters in the student alone, on layers of attention, feed-forward, convolution and time
+    "dmd2-sdxl-4step-lora": _dmd2(
+        5e-5, 16_000, student_timesteps=[999.0, 749.0, 499.0, 249.0], lora_rank=64, lora_alpha=8.0, **_SDXL
+    ),
     # 10,000 pairs of Euler's method at guidance 8; its student is what the next one takes as --student_init
     "dmd2-sdxl-warmup": _dmd(
         256,

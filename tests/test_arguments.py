@@ -45,25 +45,92 @@ def test_every_preset_is_made_of_flags(arguments_class, presets):
             assert getattr(args, key) == value, (name, key)
 
 
-def test_published_numbers():
-    assert SID_PRESETS["cifar10-uncond"]["max_train_steps"] == 1_953_125
-    assert SID_PRESETS["ffhq64"]["student_adam_beta1"] == 0.9
-    assert DMD_PRESETS["dmd2-imagenet64"]["max_train_steps"] == 40_000
-    assert DMD_PRESETS["cifar10-cond"]["train_batch_size"] == 56
-    names = ("global_batch_size", "train_batch_size", "learning_rate", "max_train_steps", "num_points", "start_ratio")
-    pid = [[PID_PRESETS[name][key] for key in names] for name in ("cifar10-uncond", "imagenet64-cond")]
-    assert pid == [[512, 64, 2e-4, 800_000, 250, 80.0], [2048, 32, 1e-4, 400_000, 250, 80.0]]
-    for preset in PID_PRESETS.values():  # of 0.9999 an update
-        halflife = 1000 * preset["ema_halflife_kimg"] / preset["global_batch_size"]
-        assert 0.5 ** (1 / halflife) == pytest.approx(0.9999, abs=1e-8)
-        assert (preset["optimizer"], preset["adam_weight_decay"]) == ("radam", 0.0)
-    assert DMD_PRESETS["dmd2-sdxl-1step"]["student_timesteps"] == [399.0]
-    assert DMD_PRESETS["dmd2-sdxl-4step"]["max_train_steps"] == 4_000
-    assert DMD_PRESETS["dmd2-sd15"]["train_batch_size"] == 32 and DMD_PRESETS["dmd2-sd15"]["fake_score_updates"] == 10
-    assert SID_PRESETS["sd15-lsg-1.5"]["max_train_steps"] == 19_531 and SID_PRESETS["sd15-lsg-4.5"]["kappas"] == [4.5]
+def test_batches_of_presets_divide():
     presets = (SID_PRESETS, DMD_PRESETS, PID_PRESETS, DKDM_PRESETS)
     for preset in (preset for table in presets for preset in table.values()):
         assert preset["global_batch_size"] % preset["train_batch_size"] == 0
+
+
+def preset(arguments_class, name, presets):
+    """With the defaults that it leaves."""
+    return parse_args(arguments_class, [*REQUIRED, "--preset", name], presets)
+
+
+SID_TABLE = {  # alpha, batch, rate, million images, dropout, augmentation, EMA's half-life, epsilon, student's beta 1
+    "cifar10-uncond": (1.2, 256, 1e-5, 500, 0.13, 0.12, 500, 1e-8, 0),
+    "cifar10-cond": (1.2, 256, 1e-5, 800, 0.13, 0.12, 500, 1e-8, 0),
+    "imagenet64-cond": (1.2, 8192, 4e-6, 1000, 0.10, 0, 2000, 1e-6, 0),
+    "ffhq64": (1.2, 512, 1e-5, 500, 0.05, 0.15, 500, 1e-6, 0.9),
+    "afhqv2-64": (1.0, 512, 5e-6, 500, 0.05, 0.15, 500, 1e-6, 0),
+}
+
+
+@pytest.mark.parametrize("name", SID_TABLE)
+def test_the_table_of_sid(name):
+    a = preset(SID, name, SID_PRESETS)
+    images = a.max_train_steps * a.global_batch_size / 1e6
+    beta1 = a.adam_beta1 if a.student_adam_beta1 is None else a.student_adam_beta1
+    row = (a.alpha, a.global_batch_size, a.learning_rate, round(images), a.network_dropout, a.augment_probability)
+    assert (*row, a.ema_halflife_kimg, a.adam_epsilon, beta1) == SID_TABLE[name]
+    assert (a.start_ratio, a.noise_levels, a.loss_scale, a.fake_score_updates) == (2.5, "karras", 100.0, 1)
+    assert (a.adam_beta1, a.adam_beta2, a.adam_weight_decay, a.lr_warmup_steps) == (0, 0.999, 0, 0)
+    assert a.fake_score_learning_rate is None and a.kappas is None and a.ema_rampup_ratio == 0.05
+    assert a.mixed_precision == ("fp16" if a.adam_epsilon == 1e-6 else None)
+
+
+@pytest.mark.parametrize("model", ["sd15", "sd21-base"])
+@pytest.mark.parametrize("kappa", [1.5, 2, 3, 4.5])
+def test_the_settings_of_sid_lsg(model, kappa):
+    a = preset(SID, f"{model}-lsg-{kappa}", SID_PRESETS)
+    assert (a.alpha, a.global_batch_size, a.train_batch_size, a.learning_rate) == (1.0, 512, 1, 1e-6)
+    assert (a.kappas, a.student_timesteps, a.noise_levels, a.loss_scale) == ([kappa], [625], "uniform", 1.0)
+    assert (a.ema_halflife_kimg, a.resolution, a.adam_beta1, a.max_train_steps) == (50, 512, 0, 10_000_000 // 512)
+
+
+FOUR = [999, 749, 499, 249]
+DMD_TABLE = {  # rate, batch, of a GPU, fake-score updates, guidance, GAN, regression, student updates, timesteps
+    "cifar10-cond": (5e-5, 392, 56, 1, 1, 0, 0.25, 300_000, None),
+    "cifar10-uncond": (5e-5, 392, 56, 1, 1, 0, 0.5, 300_000, None),
+    "imagenet64-cond": (2e-6, 336, 48, 1, 1, 0, 0.25, 350_000, None),
+    "sd15": (1e-5, 2304, 32, 1, 3, 0, 0.25, 20_000, None),
+    "dmd2-imagenet64": (2e-6, 280, 40, 5, 1, 3e-3, 0, 40_000, None),
+    "dmd2-imagenet64-no-gan": (2e-6, 280, 40, 5, 1, 0, 0, 80_000, None),
+    "dmd2-imagenet64-resumed": (5e-7, 280, 40, 5, 1, 3e-3, 0, 30_000, None),
+    "dmd2-sd15": (1e-5, 2048, 32, 10, 1.75, 0, 0, 4_000, None),
+    "dmd2-sd15-gan": (5e-7, 2048, 32, 10, 1.75, 1e-3, 0, 500, None),
+    "dmd2-sdxl-4step": (5e-7, 128, 2, 5, 8, 5e-3, 0, 4_000, FOUR),
+    "dmd2-sdxl-4step-lora": (5e-5, 128, 2, 5, 8, 5e-3, 0, 3_200, FOUR),
+    "dmd2-sdxl-warmup": (1e-5, 256, 4, 1, 8, 0, 1, 2_000, [399]),
+    "dmd2-sdxl-1step": (5e-7, 128, 2, 5, 8, 5e-3, 0, 5_000, [399]),
+}
+
+
+def test_the_tables_of_dmd_and_dmd2():
+    assert DMD_TABLE.keys() == DMD_PRESETS.keys()
+    for name, expected in DMD_TABLE.items():
+        a = preset(DMD, name, DMD_PRESETS)
+        row = (a.learning_rate, a.global_batch_size, a.train_batch_size, a.fake_score_updates, a.guidance_scale)
+        assert (*row, a.gan_weight, a.regression_weight, a.max_train_steps, a.student_timesteps) == expected, name
+        assert (a.adam_beta1, a.adam_beta2, a.adam_weight_decay, a.ema_halflife_kimg) == (0.9, 0.999, 0.01, 0), name
+        assert a.max_grad_norm == (0 if name == "dmd2-sdxl-warmup" else 10), name
+        assert a.gan_critic_weight == 0.01 and a.matching_weight == (name != "dmd2-sdxl-warmup"), name
+        assert a.lr_warmup_steps == 500 // a.fake_score_updates, name  # counted in updates of the fake score
+        assert (a.lora_rank, a.lora_alpha) == ((64, 8) if "lora" in name else (None, None)), name
+
+
+def test_the_tables_of_pid_and_dkdm():
+    table = {"cifar10-uncond": (512, 64, 2e-4, 800_000), "imagenet64-cond": (2048, 32, 1e-4, 400_000)}
+    for name, expected in table.items():
+        a = preset(PID, name, PID_PRESETS)
+        assert (a.global_batch_size, a.train_batch_size, a.learning_rate, a.max_train_steps) == expected
+        assert (a.num_points, a.rule, a.distance, a.optimizer) == (250, "first", "lpips-average", "radam")
+        assert (a.adam_weight_decay, a.lr_warmup_steps, a.start_ratio) == (0, 0, 80)
+        assert 0.5 ** (a.global_batch_size / a.ema_halflife_kimg / 1000) == pytest.approx(0.9999, abs=1e-7)
+    for name, batches in {"cifar10": (128, 128), "imagenet32": (512, 128), "celeba64": (256, 64)}.items():
+        a = preset(DKDM, name, DKDM_PRESETS)
+        assert (a.global_batch_size, a.train_batch_size) == batches
+        assert (a.learning_rate, a.reservoir_ratio, a.scheme, a.adam_weight_decay) == (1e-4, 0.4, "dynamic", 0)
+        assert 0.5 ** (a.global_batch_size / a.ema_halflife_kimg / 1000) == pytest.approx(0.9999, abs=1e-7)
 
 
 @pytest.mark.parametrize("name", ["a.yaml", "a.json"])
