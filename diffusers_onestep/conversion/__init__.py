@@ -20,7 +20,7 @@ from .dmd2 import dmd2_imagenet_network, text_student
 from .edm import edm_network
 from .folder import card, digest, pipeline_of
 from .guided_diffusion import guided_diffusion_network
-from .kinds import EDM_WRAPPERS, KINDS, LICENCES, STUDENT_WRAPPERS, kind_of
+from .kinds import EDM_WRAPPERS, KINDS, STUDENT_WRAPPERS, kind_of, licence_of
 from .networks import Converted
 from .pickles import first_line, read_checkpoint
 
@@ -95,7 +95,7 @@ def convert(
     shutil.rmtree(beside, ignore_errors=True)
     try:
         pipeline.save_pretrained(beside, safe_serialization=True)
-        name, sentence = LICENCES[kind]
+        name, sentence = licence_of(kind, file.name)
         write_json(
             beside / "conversion.json",
             {"kind": kind, "file": file.name, "sha256": digest(file), "license": name, "license_note": sentence},

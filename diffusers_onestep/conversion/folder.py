@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 
 from ..pipelines import OneStepPipeline
 from ..schedulers import EDMHeunScheduler, student_scheduler
-from .kinds import LICENCES
+from .kinds import licence_of
 from .networks import Converted
 
 SID_SIGMA, DMD2_SIGMA = 2.5, 80.0
@@ -35,7 +35,7 @@ def digest(file: Path) -> str:
 
 def card(pipeline: DiffusionPipeline, kind: str, file: str, name: str, notes: list[str]) -> str:
     """README.md of a converted folder."""
-    licence, sentence = LICENCES[kind]
+    licence, sentence = licence_of(kind, file)
     student = kind in ("sid", "dmd2")
     labelled = bool(getattr(pipeline, "num_labels", None))
     if student:

@@ -13,9 +13,25 @@ LICENCES = {
     "sid": ("apache-2.0", "SiD's model card says Apache-2.0; its teachers, EDM's weights, are CC BY-NC-SA 4.0."),
     "dmd2": ("cc-by-nc-4.0", "DMD2's weights are CC BY-NC 4.0."),
 }
+_BASELINE_LICENCES = {  # of files of EDM that were others' networks, as its README says
+    "baseline-cifar10-32x32-uncond-": (
+        "apache-2.0",
+        "EDM's file derives from score_sde's weights, which are Apache-2.0.",
+    ),
+    "baseline-imagenet-64x64-cond-": (
+        "mit",
+        "EDM's file derives from OpenAI's guided-diffusion weights, which are MIT.",
+    ),
+}
 EDM_WRAPPERS = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve", "iDDPMPrecond": "iddpm"}
 STUDENT_WRAPPERS = ("EDMPrecond_EncoderDecoder", "EDM_2_Precond_EncoderDecoder", "EDM_2_Precond_Generator")
 EDM2_WRAPPERS = ("Precond", *STUDENT_WRAPPERS[1:])
+
+
+def licence_of(kind: str, name: str) -> tuple[str, str]:
+    """The licence of the weights of a file of this name: its id, and a sentence."""
+    baselines = _BASELINE_LICENCES if kind == "edm" else {}
+    return next((licence for start, licence in baselines.items() if name.startswith(start)), LICENCES[kind])
 
 
 def kind_of(content: Any, file: Path) -> str:

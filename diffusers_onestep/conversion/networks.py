@@ -22,6 +22,7 @@ class Converted:
         scheduler (`SchedulerMixin`): of a teacher, or of the teacher that a student came from.
         prediction_type (`str`): what the network predicts.
         labels (`int`): how many class labels there are to ask for, 0 if none.
+        notes (`list[str]`): what the card says besides.
     """
 
     network: ModelMixin

@@ -9,6 +9,7 @@ file.
 import io
 import os
 import pickle
+import struct
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -16,9 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of torch.save before zip files
 _PLAIN = (str, int, float, bytes, type(None))
+# what the bytes of a file can raise in the machines that read it, which check little; all else is a bug of ours
+_FILE_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, OSError, EOFError)
+_FILE_ERRORS += (MemoryError, struct.error, zipfile.BadZipFile, pickle.UnpicklingError, SafetensorError)
 _MAX_DEPTH, _MAX_MODULES = 16, 100_000
 _MAX_DIMENSIONS, _MAX_NAME = 16, 100
 
@@ -359,6 +364,8 @@ def _read_zip(path: Path, budget: _Budget) -> Any:
         held = sum(entry.file_size for entry in archive.infolist())
         if held > path.stat().st_size:  # torch stores without compression
             raise UnsafeCheckpointError(f"it unpacks to {held} bytes, more than it has")
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("it is a compressed zip archive, which torch does not write")
         pickles = [name for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(pickles) != 1:
             raise ValueError("it is a zip archive, but none of torch")
@@ -395,8 +402,8 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
             return _Reader(_Bounded(file, size), budget).load()
     except UnsafeCheckpointError as error:
         raise UnsafeCheckpointError(f"`file` {str(path)!r} is refused: {error}.") from None
-    except Exception as error:  # a hostile file can raise anything, in anybody's name
-        said = isinstance(error, (ValueError, RuntimeError, EOFError, pickle.UnpicklingError))
+    except _FILE_ERRORS as error:
+        said = isinstance(error, (ValueError, RuntimeError, OSError, EOFError, pickle.UnpicklingError))
         reason = first_line(error) if said else type(error).__name__
         raise ValueError(
             f"`file` {str(path)!r} is no readable checkpoint, of pickle, torch.save or safetensors ({reason})."
