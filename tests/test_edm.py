@@ -1,5 +1,6 @@
 """The networks, preconditionings and sampler of EDM: golden values of the originals, and facts that need none."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -99,7 +100,9 @@ def test_published_networks_have_their_number_of_parameters(name):
         assert sum(p.numel() for p in EDMUNet2DModel(**config).parameters()) == parameters
 
 
-@pytest.mark.parametrize("channels, millions", [(128, 124.7), (192, 280.2), (448, 1523.2)])
+@pytest.mark.parametrize(
+    "channels, millions", [(128, 124.7), (192, 280.2), (256, 497.8), (320, 777.5), (384, 1119.3), (448, 1523.2)]
+)
 def test_published_edm2_networks_have_their_number_of_parameters(channels, millions):
     with torch.device("meta"):
         network = EDM2UNet2DModel(model_channels=channels, num_class_embeds=1000)
@@ -249,6 +252,46 @@ KNOWN = [
 ]
 
 
+KEYS = [  # tensors of the original's state dict, buffers included, and a digest of their names and shapes
+    (ADM_HEADS, 317, "96981b17e90b"),
+    (CIFAR, 425, "5b64854adf30"),
+    (CIFAR | COND, 427, "2fa7b34b55c2"),
+    (CIFAR | VE | COND, 434, "6b4cc8682004"),
+    (FFHQ, 553, "f955a245c76e"),
+    (FFHQ | VE, 563, "e4fe182e5798"),
+    (IMAGENET, 553, "462dae53f276"),
+    (EDM2_XS, 203, "dc4b6d591236"),
+]
+
+
+@pytest.mark.parametrize("options, tensors, digest", KEYS)
+def test_names_and_shapes_are_the_originals(options, tensors, digest):
+    with torch.device("meta"):
+        if options is EDM2_XS:
+            network, prefix = EDM2UNet2DModel(**edm2_settings(options)[0]), "unet"
+        else:
+            network, prefix = EDMUNet2DModel(**edm_settings(options, "edm")[0]), "model"
+    shapes = {f"{prefix}.{name}": list(tensor.shape) for name, tensor in network.state_dict().items()}
+    # of the original alone: every convolution that resamples keeps the filter, and EDM2 learns a variance
+    if prefix == "unet":
+        shapes |= {"logvar_fourier.freqs": [128], "logvar_fourier.phases": [128], "logvar_linear.weight": [1, 128]}
+    else:
+        places = [f"enc.{name}" for name in network.enc if name.endswith("_aux_residual")]
+        for side in ("enc", "dec"):
+            blocks = [name for name in getattr(network, side) if name.endswith(("_down", "_up"))]
+            places += [f"{side}.{name}.{part}" for name in blocks for part in ("conv0", "skip")]
+        shapes |= {f"model.{place}.resample_filter": list(network.aux_kernel.shape) for place in places}
+    assert len(shapes) == tensors
+    lines = "\n".join(f"{name} {shape}" for name, shape in sorted(shapes.items()))
+    assert hashlib.sha256(lines.encode()).hexdigest()[:12] == digest
+
+
+def test_formula_of_the_weights():
+    torch.testing.assert_close(u("x", 3), torch.tensor([-0.468797, -0.392881, 0.859797]), rtol=0, atol=1e-6)
+    values = torch.tensor([0.340743, 0.962146, 0.522306])
+    torch.testing.assert_close(u("model.map_layer0.weight", 3), values, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("name, options, sigmas, first, rms", KNOWN)
 @torch.no_grad()
 def test_known_answers_of_the_published_networks(name, options, sigmas, first, rms):
@@ -282,6 +325,10 @@ def test_levels_of_the_four_preconditionings():
     torch.testing.assert_close(
         vp.c_noise(sigma), torch.tensor([0.0398, 144.67, 440.76, 932.58]).double(), rtol=1e-4, atol=1e-4
     )
+    # close to, and not, the timesteps of DDPM's linear betas
+    products = DDIMScheduler().alphas_cumprod.double()[[10, 100, 500, 999]]
+    expected = torch.tensor([10.65, 100.51, 501.10, 1002.4]).double()
+    torch.testing.assert_close(vp.c_noise((1 / products - 1).sqrt()), expected, rtol=0, atol=0.05)
     levels = iddpm_sigmas()
     assert levels[0].item() == pytest.approx(0.0064223, rel=1e-4)
     assert levels[-1].item() == pytest.approx(20291.17, rel=1e-4)
@@ -350,6 +397,9 @@ def test_grid_of_the_paper():
     expected = [80, 57.585985, 40.785574, 28.374585, 19.352453]
     torch.testing.assert_close(torch.tensor(scheduler.sigmas[:5]), torch.tensor(expected), rtol=1e-7, atol=1e-6)
     assert scheduler.sigmas[-3:] == pytest.approx([0.007528, 0.002, 0], rel=1e-4)
+    scheduler.set_timesteps(40)
+    assert scheduler.sigmas[:3] == pytest.approx([80, 69.450946, 60.117395], abs=1e-6)
+    assert len(scheduler.timesteps) == 79
 
 
 def test_fresh_noise_keeps_the_level():
@@ -371,6 +421,7 @@ def test_stock_euler_in_one_step_is_the_denoiser():
     scheduler = EDMEulerScheduler(sigma_max=2.5)
     scheduler.set_timesteps(1)
     denoiser = Denoiser(network, NoiseSchedule.from_scheduler(scheduler), "edm")
+    assert scheduler.init_noise_sigma == pytest.approx(2.6926, abs=1e-4)  # not 2.5: why students have their own
     x = 2.5 * torch.randn(2, 3, 8, 8)
     t = scheduler.timesteps[0]
     with torch.no_grad():
