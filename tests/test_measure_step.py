@@ -10,11 +10,13 @@ from test_trainer import run, script
 
 @pytest.mark.parametrize("flags", [["--method", "dmd"], ["--method", "sid", "--lora_rank", "4"]])
 def test_steps_run_and_their_memory_is_compared_with_the_plan(flags, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    """Of 15 M parameters, whose optimizer alone takes 0.23 GiB; libraries take less than 0.1 GiB besides."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"block_out_channels": [128, 256]}))
     flags = [*flags, "--network_config", str(tmp_path / "config.json"), "--resolution", "64"]
     done = run(script("measure_step.py", *flags, "--train_batch_size", "1"), OMP_NUM_THREADS="1")
-    peak, share = re.search(r"measured peak +([\d.]+) GiB, ([\d.]+) of the plan", done.stdout).groups()
-    assert 0 < float(peak) < 1 and float(share) > 0
+    found = re.search(r"measured peak +([\d.]+) GiB, ([\d.]+) of the plan", done.stdout)
+    peak, share = map(float, found.groups())
+    assert -0.03 < peak - peak / share < 0.12, done.stdout
 
 
 @pytest.mark.slow
