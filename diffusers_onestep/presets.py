@@ -3,9 +3,8 @@
 `max_train_steps` is the published duration in images over the global batch; `train_batch_size` the published batch of
 one GPU, where it is known. PID and DKDM have no published text-to-image model.
 
-Two of the DMD papers' runs are not here: Stable Diffusion on LAION-6+ (DMD), whose batch, weights and noise levels
-were changed on the way, and SDXL's four-step LoRA (DMD2), an adapter beside a whole fake score: `lora_rank` makes both
-adapters.
+One of the DMD papers' runs is not here: Stable Diffusion on LAION-6+ (DMD), whose batch, weights and noise levels were
+changed on the way. SDXL's four-step LoRA (DMD2) is an adapter beside a whole fake score; here both are adapters.
 """
 
 
@@ -130,7 +129,7 @@ DMD_PRESETS = {
     "dmd2-sd15": _dmd2(1e-5, 40_000, **_SD15),
     "dmd2-sd15-gan": _dmd2(5e-7, 5_000, gan_weight=1e-3, **_SD15),  # goes on from the student of the one above
     "dmd2-sdxl-4step": _dmd2(5e-7, 20_000, student_timesteps=[999.0, 749.0, 499.0, 249.0], **_SDXL),
-    # theirs has adapters in the student alone, on layers of attention, feed-forward, convolution and time
+    # adapters on layers of attention, feed-forward, convolution and time there, on all wide ones here
     "dmd2-sdxl-4step-lora": _dmd2(
         5e-5, 16_000, student_timesteps=[999.0, 749.0, 499.0, 249.0], lora_rank=64, lora_alpha=8.0, **_SDXL
     ),
