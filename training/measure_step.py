@@ -23,7 +23,7 @@ from statistics import median
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 
-from diffusers_onestep import Denoiser, NoiseSchedule, OneStepStableDiffusionPipeline
+from diffusers_onestep import Denoiser, GuidedDenoiser, NoiseSchedule, OneStepStableDiffusionPipeline
 from diffusers_onestep.arguments import DTYPES, run_script
 from diffusers_onestep.models import network_from_config
 from diffusers_onestep.plan import METHODS, PlanArguments, example_cond, latent_shape, plan_step
@@ -102,13 +102,20 @@ def run_steps(args: MeasureArguments) -> dict:
     network = random_network(args)
     denoiser = Denoiser(network, NoiseSchedule.from_scheduler(args.scheduler()), "epsilon")
     cond = example_cond(network, args.train_batch_size)
+    sample_shape = latent_shape(network, args.resolution, VAE_SCALE)
+    batch = {"batch_size": args.train_batch_size, "cond": cond}
+    options = {"sequential": args.sequential, "kappas": args.kappas}
+    if args.method == "dmd":
+        options = {"gan_weight": args.gan_weight}
+        batch["x0"] = torch.randn(args.train_batch_size, *sample_shape)
     distiller = METHODS[args.method](
-        denoiser,
+        GuidedDenoiser(denoiser, args.guidance_scale, {k: v[:1] for k, v in cond.items()}),
         start_ratio=args.start_ratio,
+        student_timesteps=args.student_timesteps,
         fake_score_updates=args.fake_score_updates,
-        sample_shape=latent_shape(network, args.resolution, VAE_SCALE),
+        sample_shape=sample_shape,
         lora=args.lora_config(),
-        **({"sequential": True} if args.sequential else {}),
+        **options,
     )
     with tempfile.TemporaryDirectory() as folder:
         args.output_dir = folder
@@ -118,7 +125,7 @@ def run_steps(args: MeasureArguments) -> dict:
         seconds = []
         for _ in range(args.steps):
             started = time.perf_counter()
-            losses = trainer.train_step([{"batch_size": args.train_batch_size, "cond": cond}])
+            losses = trainer.train_step([batch])
             seconds.append(time.perf_counter() - started)
     peak = resident("VmHWM") - before
     return {"peak": peak, "before": before, "seconds": seconds, "losses": losses}
@@ -177,7 +184,9 @@ def main(args: MeasureArguments) -> None:
         command += [part for k, v in flags.items() if isinstance(v, list) for part in (f"--{k}", *map(str, v))]
         # freed memory goes back to the system at once, so that what is resident is what is alive
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
-        subprocess.run([sys.executable, __file__, *command, "--measured", report], check=True, env=environment)
+        done = subprocess.run([sys.executable, __file__, *command, "--measured", report], env=environment)
+        if done.returncode:
+            raise SystemExit(done.returncode)  # it has said why
         result = json.loads(report.read_text())
     if args.latency:
         bare, student, teacher = (result[name] for name in ("bare", "student", "teacher"))
