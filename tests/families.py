@@ -253,6 +253,7 @@ BUILDERS = {
     "sd3": stable_diffusion_3,
     "flux": flux,
     "pixart": pixart,
+    "pixart-sigma": lambda: diffusers.PixArtSigmaPipeline(**pixart().components),
     "sana": sana,
 }
 # what a stock call needs to take the tiny models as they are
@@ -260,6 +261,7 @@ CALLS = {
     "sd3": {"max_sequence_length": 256},
     "flux": {"height": 16, "width": 16},
     "pixart": {"use_resolution_binning": False, "clean_caption": False},
+    "pixart-sigma": {"use_resolution_binning": False, "clean_caption": False},
     "sana": {"use_resolution_binning": False, "height": 32, "width": 32},
 }
 

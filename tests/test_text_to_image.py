@@ -25,6 +25,7 @@ STOCK = {
     "sd3": "StableDiffusion3Pipeline",
     "flux": "FluxPipeline",
     "pixart": "PixArtAlphaPipeline",
+    "pixart-sigma": "PixArtSigmaPipeline",
     "sana": "SanaPipeline",
 }
 PROMPTS = ["a cat", "a red car", "the sea at night"]

@@ -116,7 +116,7 @@ def test_flow_students_that_no_stock_call_can_start_are_refused():
         student("sd3", [714.0], sigma=0.714)
 
 
-ALL = ["sd", "sdxl", "sd3", "flux", "pixart", "sana"]
+ALL = ["sd", "sdxl", "sd3", "flux", "pixart", "pixart-sigma", "sana"]
 
 
 def of_family(family):
