@@ -343,11 +343,9 @@ class EightBitStates(torch.optim.Optimizer):
 def _optimizer(args: PlanArguments, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     if args.optimizer == "adamw8bit":
         return EightBitStates(parameters, {})
-    if (
-        args.optimizer == "radam"
-    ):  # its loop over all tensors at once, a GPU's, makes temporaries as large as a network
-        return optimizer_class(args.optimizer)(parameters, foreach=args.device == "cuda")
-    return optimizer_class(args.optimizer)(parameters)
+    # RAdam's loop over all tensors at once, torch's default on a GPU, makes temporaries as large as a network
+    loop = {"foreach": args.device == "cuda"} if args.optimizer == "radam" else {}
+    return optimizer_class(args.optimizer)(parameters, **loop)
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
