@@ -3,8 +3,8 @@
 `max_train_steps` is the published duration in images over the global batch; `train_batch_size` the published batch of
 one GPU, where it is known. PID and DKDM have no published text-to-image model.
 
-One of the DMD papers' runs is not here: Stable Diffusion on LAION-6+ (DMD), whose batch, weights and noise levels were
-changed on the way. SDXL's four-step LoRA (DMD2) is an adapter beside a whole fake score; here both are adapters.
+Theirs, and not done here: SDXL's four-step LoRA (DMD2) is an adapter beside a whole fake score, where both are adapters
+here; DMD's Stable Diffusion runs regress on half or a quarter of the samples that they match, where all are here.
 """
 
 
@@ -115,6 +115,20 @@ def _dmd2(rate: float, iterations: int, batch: int = 280, gpus: int = 7, updates
 _SD15 = {"batch": 2048, "gpus": 64, "updates": 10, "guidance_scale": 1.75, "resolution": 512}
 _SDXL = {"batch": 128, "gpus": 64, "guidance_scale": 8.0, "gan_weight": 5e-3, "resolution": 1024}
 
+# Yin et al. 2024 (DMD), Table 5: weight of the regression, levels compared (t = 20 to 980, then to 500), batch of each
+# of about 80 GPUs, updates in all. One run of eight commands, each with the next preset and --resume_from_checkpoint
+# latest, on 2.5 million pairs of 50 PNDM steps that grow to 12 million in the third; a tiny VAE up to the fourth
+_LAION6 = [
+    (0.1, [0.138, 13.04], 32, 5_400),
+    (0.5, [0.138, 13.04], 32, 8_600),
+    (1.0, [0.138, 13.04], 32, 74_000),
+    (1.0, [0.138, 1.618], 32, 80_000),
+    (1.0, [0.138, 1.618], 16, 127_000),
+    (0.75, [0.138, 1.618], 16, 149_500),
+    (0.5, [0.138, 1.618], 16, 162_500),
+    (0.25, [0.138, 1.618], 16, 165_000),
+]
+
 DMD_PRESETS = {
     "cifar10-cond": _dmd(392, 7, 5e-5, 300_000, regression_weight=0.25),
     "cifar10-uncond": _dmd(392, 7, 5e-5, 300_000, regression_weight=0.5),
@@ -126,6 +140,20 @@ DMD_PRESETS = {
     "sd15": _dmd(
         2304, 72, 1e-5, 20_000, guidance_scale=3.0, regression_weight=0.25, mixed_precision="bf16", resolution=512
     ),
+    **{
+        f"sd15-laion6-{stage}": _dmd(
+            80 * micro_batch,
+            80,
+            1e-5,
+            steps,
+            level_ratios=levels,
+            guidance_scale=8.0,
+            regression_weight=weight,
+            mixed_precision="bf16",
+            resolution=512,
+        )
+        for stage, (weight, levels, micro_batch, steps) in enumerate(_LAION6, start=1)
+    },
     "dmd2-sd15": _dmd2(1e-5, 40_000, **_SD15),
     "dmd2-sd15-gan": _dmd2(5e-7, 5_000, gan_weight=1e-3, **_SD15),  # goes on from the student of the one above
     "dmd2-sdxl-4step": _dmd2(5e-7, 20_000, student_timesteps=[999.0, 749.0, 499.0, 249.0], **_SDXL),

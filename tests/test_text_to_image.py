@@ -214,6 +214,25 @@ def test_pairs_hold_prompts_and_feed_the_regression(folders, tmp_path):
     torch.testing.assert_close(rows["target"][:], target, rtol=1e-4, atol=1e-4)
 
 
+def test_stages_of_a_published_run_go_on_from_each_other(folders, tmp_path):
+    """DMD's Stable Diffusion on LAION-6+: one output folder, its settings changed on the way."""
+    leave = dict.fromkeys(("max_train_steps", "train_batch_size", "learning_rate", "lr_warmup_steps", "cache_dir"))
+    pairs = {"num_pairs": 2, "num_inference_steps": 4, "guidance_scale": 8.0, "batch_size": 2}
+    run_script("make_pairs", *flags(folders, "sd", tmp_path / "pairs", **pairs, **leave))
+    run = {"prompts": None, "pairs": tmp_path / "pairs", "regression_loss": "l2", "logging_steps": 1}
+    run |= {"global_batch_size": 2, "mixed_precision": "no", "learning_rate": None, "resume_from_checkpoint": "latest"}
+    for step, stage in enumerate((1, 4, 8), start=1):
+        preset = {"preset": f"sd15-laion6-{stage}", "max_train_steps": step}
+        run_script("train_dmd", *flags(folders, "sd", tmp_path / "out", **preset, **run))
+        settings = json.loads((tmp_path / "out" / "training_args.json").read_text())
+        assert settings["regression_weight"] == {1: 0.1, 4: 1.0, 8: 0.25}[stage]
+        teacher = Teacher.from_pretrained(folders / "sd")
+        levels = [teacher.denoiser.schedule.timestep(ratio).item() for ratio in settings["level_ratios"]]
+        assert levels == [20, 980 if stage == 1 else 500]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert list(dict.fromkeys(steps)) == [1, 2, 3]
+
+
 def test_prompts_of_the_command_line_are_those_of_a_file(folders, tmp_path):
     settings = {"max_train_steps": 1}
     run_script("train_dmd", *flags(folders, "sd", tmp_path / "file", **settings))
