@@ -3,7 +3,7 @@
 `max_train_steps` is the published duration in images over the global batch; `train_batch_size` the published batch of
 one GPU, where it is known. PID and DKDM have no published text-to-image model.
 
-Theirs, and not done here: SDXL's four-step LoRA (DMD2) is an adapter beside a whole fake score, both are adapters here;
+Not done here as there: SDXL's four-step LoRA (DMD2) is an adapter beside a whole fake score, both are adapters here;
 DMD's Stable Diffusion runs regress on half or a quarter of the samples that they match, on all of them here.
 """
 
