@@ -8,7 +8,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.utils import extract_model_from_parallel
+from diffusers.models.embeddings import Timesteps
 from torch import nn
+
+from .models.unet_edm import PositionalEmbedding
 
 
 def network_output(network: nn.Module, sample: torch.Tensor, t: torch.Tensor, cond: dict[str, Any]) -> torch.Tensor:
@@ -58,6 +61,26 @@ def _by_place(network, sample, t, cond):
     return network(sample, t, **cond)
 
 
+def _unet_2d(network, sample, t, cond):
+    """In float64 the embedding of fractional timesteps is too, which diffusers leaves in float32."""
+    bare = extract_model_from_parallel(network, keep_torch_compile=False)
+    if sample.dtype != torch.float64 or t.dtype != torch.float64 or not isinstance(bare.time_proj, Timesteps):
+        return _by_place(network, sample, t, cond)
+    stock = bare.time_proj
+    exact = PositionalEmbedding(stock.num_channels, stock.downscale_freq_shift)
+    half = stock.num_channels // 2
+
+    def embed(module, args, output):
+        cos_sin = exact(args[0])
+        return cos_sin if stock.flip_sin_to_cos else cos_sin.roll(half, 1)
+
+    hook = stock.register_forward_hook(embed)
+    try:
+        return _by_place(network, sample, t, cond)
+    finally:
+        hook.remove()
+
+
 def _unet(network, sample, t, cond):
     added = {k: cond.pop(k) for k in ("text_embeds", "time_ids") if k in cond}
     return network(sample, t, **cond, added_cond_kwargs=added or None)
@@ -89,6 +112,7 @@ def _flux(network, sample, t, cond):
 
 
 _CALLS = {
+    "UNet2DModel": _unet_2d,
     "UNet2DConditionModel": _unet,
     "PixArtTransformer2DModel": _pixart,
     "SanaTransformer2DModel": _sana,

@@ -24,7 +24,8 @@ EDM2_LATENTS = (
 
 STOCK_IN_FLOAT64 = (
     "`UNet2DModel` embeds the timestep in float32, also where the network runs in float64: in float32 it agrees with "
-    "the original to rounding, in float64 to about 1e-8 (3e-6 at the timesteps of DDPM)."
+    "the original to rounding, in float64 to about 1e-8 (3e-6 at the timesteps of DDPM); a `Denoiser` calls it so "
+    "that it agrees to rounding there too."
 )
 
 
