@@ -33,6 +33,11 @@ def main(argv: list[str] | None = None) -> None:
     sampling.add_argument(
         "--num_images", type=int, default=10, help="number of images without labels (default: %(default)s)"
     )
+    sampling.add_argument(
+        "--num_inference_steps",
+        type=int,
+        help="of a model that is no one-step student: a distilled solver's, a teacher",
+    )
     sampling.add_argument("--seed", type=int, default=0, help="of the noises and random labels (default: %(default)s)")
     sampling.add_argument(
         "--output", default="samples.png", help="the picture to write: .png, .jpg or .webp (default: %(default)s)"
@@ -128,32 +133,39 @@ def sample(
     class_labels: list[str] | None,
     prompts: list[str] | None,
     num_images: int,
+    num_inference_steps: int | None,
     seed: int,
     output: str,
 ) -> None:
     """One picture with all images, ten a row, four of text-to-image students."""
     import torch
 
-    from . import OneStepPipeline
-    from .sampling import check_picture, picture, save_grid
+    from . import OneStepPipeline, Teacher
+    from .sampling import check_picture, deterministic, picture, save_grid
 
     check_picture(Path(output), "output")
     pipeline = OneStepPipeline.from_pretrained(model)
+    settings = {"generator": torch.Generator().manual_seed(seed)}
+    if num_inference_steps is not None:
+        settings["num_inference_steps"] = num_inference_steps
     if not isinstance(pipeline, OneStepPipeline):
-        if not prompts:
-            raise ValueError(f"`prompts` must be given for a text-to-image student, but are {prompts}.")
-        images = pipeline(prompts, generator=torch.Generator().manual_seed(seed), output_type="pt").images
+        if not prompts or class_labels:
+            raise ValueError(
+                "`prompts` must be given for a text-to-image student, and no `class_labels`, but they are "
+                f"{prompts} and {class_labels}."
+            )
+        images = pipeline(prompts, output_type="pt", **settings).images
         save_grid(picture(2 * images - 1), Path(output), min(4, len(prompts)), scale=1)
         print(f"{len(prompts)} images in {output}")
         return
     if prompts:
         raise ValueError(f"`prompts` must not be given for a student that takes none, but are {prompts}.")
+    if pipeline.student_steps is None:  # as teachers are sampled
+        pipeline.scheduler = deterministic(Teacher(pipeline).reference_scheduler)
     labels = [int(label) if label.isdigit() else label for label in class_labels] if class_labels else None
     batch_size = len(labels) if labels else num_images
-    images = pipeline(
-        batch_size, class_labels=labels, generator=torch.Generator().manual_seed(seed), output_type="latent"
-    ).images
-    save_grid(picture(images), Path(output), min(10, batch_size))
+    images = pipeline(batch_size, class_labels=labels, output_type="pt", **settings).images
+    save_grid(picture(2 * images - 1), Path(output), min(10, batch_size))
     print(f"{batch_size} images in {output}")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, EDMEulerScheduler, SchedulerMixin
 from tqdm.auto import tqdm
 
 from .families import family_of
@@ -198,7 +198,14 @@ def sampler(
     guidance_scale: float | None = None,
     scheduler: SchedulerMixin | None = None,
 ) -> Sampler:
-    """A model as a function from unit-variance noises, conditions and a generator to uint8 pixels `(B, C, H, W)`."""
+    """A model as a function from unit-variance noises, conditions and a generator to uint8 pixels `(B, C, H, W)`.
+
+    A pixel model of many steps is sampled as a teacher is, whose noises and solver it shares: by DDIM where its
+    scheduler is DDPM, by Heun's method where it is EDM's.
+    """
+    many_steps = getattr(pipeline, "student_steps", None) is None and not takes_prompts(pipeline)
+    if many_steps and type(pipeline.scheduler) in (DDPMScheduler, DDIMScheduler, EDMEulerScheduler):
+        pipeline = pipeline if isinstance(pipeline, Teacher) else Teacher(pipeline)
     if isinstance(pipeline, Teacher):
         if num_inference_steps is None:
             raise ValueError("`num_inference_steps` must be given for a teacher.")

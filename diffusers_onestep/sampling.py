@@ -13,6 +13,14 @@ from .files import written_beside
 PICTURE_FILES = (".png", ".jpg", ".jpeg", ".webp")
 
 
+def deterministic(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """DDPM, which has no deterministic steps of its own, as DDIM on the same config (Song et al. 2021, Eq. 12); DDIM
+    with trailing timesteps, so that the first one is the noisiest. Others as they are."""
+    if type(scheduler) in (DDPMScheduler, DDIMScheduler):
+        return DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
+    return scheduler
+
+
 @torch.no_grad()
 def sample(
     denoiser: Denoiser | GuidedDenoiser,
@@ -24,11 +32,9 @@ def sample(
 ) -> torch.Tensor:
     """Solve the teacher's ODE from unit-variance `noise` `(B, C, H, W)` with a stock scheduler; returns `x0`.
 
-    DDPM, which has no deterministic steps of its own, is replaced by DDIM on the same config (Song et al. 2021, Eq.
-    12); DDIM gets trailing timesteps, so that the first one is the noisiest. Tensors move to the network's device.
+    DDPM and DDIM are replaced as in `deterministic`. Tensors move to the network's device.
     """
-    if type(scheduler) in (DDPMScheduler, DDIMScheduler):
-        scheduler = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
+    scheduler = deterministic(scheduler)
     device = next(denoiser.network.parameters()).device
     noise, cond = noise.to(device), {k: v.to(device) for k, v in (cond or {}).items()}
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and scheduler.config.use_dynamic_shifting:

@@ -12,6 +12,7 @@ from torch import nn
 from .conditions import Labels, label_embeddings, label_ids, named_labels
 from .denoiser import Cond, Denoiser, GuidedDenoiser
 from .families import FAMILIES, family_of
+from .models import without_variance
 from .network_calls import sample_shape_of
 from .pipelines import OneStepPipeline
 from .repository import load_index, resolve_model, safetensors_only
@@ -271,6 +272,7 @@ class Teacher:
         scheduler = student_scheduler(self.scheduler, self.denoiser.prediction_type, **settings)
         if self.takes_prompts:
             return self._with(network, scheduler)
+        network = without_variance(network)
         known = named_labels(None, network) == self.id2label
         return OneStepPipeline(network, scheduler, None if known else self.id2label)
 

@@ -12,12 +12,12 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 
-def tiny_unet(classes=None, seed=0, size=16, channels=1):
+def tiny_unet(classes=None, seed=0, size=16, channels=1, out_channels=None):
     torch.manual_seed(seed)
     return UNet2DModel(
         sample_size=size,
         in_channels=channels,
-        out_channels=channels,
+        out_channels=out_channels or channels,
         layers_per_block=1,
         block_out_channels=(8, 16),
         norm_num_groups=4,

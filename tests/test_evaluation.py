@@ -172,6 +172,17 @@ def test_text_to_image_models_are_measured_by_prompts(tmp_path):
         evaluate(OneStepPipeline.from_pretrained("fashion32-onestep"), num_samples=2, prompts=prompts)
 
 
+@pytest.mark.parametrize("name, nfe", [("fashion32", 3), ("fashion-edm", 5)])
+def test_a_model_of_many_steps_is_sampled_as_its_teacher_is(name, nfe):
+    """By DDIM, or Heun's method, from the same noises: a model agrees with itself."""
+    settings = {"num_inference_steps": 3, "num_samples": 20}
+    extractor = load_extractor("fashion")
+    target = generate(Teacher.from_pretrained(name), extractor, **settings)
+    row = evaluate(OneStepPipeline.from_pretrained(name), **settings, metrics=("agreement",), teacher=target)
+    assert row.nfe == target.nfe == nfe
+    assert row.scores["agreement-fashion"].value == pytest.approx(1, abs=1e-5)
+
+
 @pytest.mark.parametrize("family", ["flux", "pixart", "sana"])
 def test_teachers_of_every_family_and_size_are_sampled_as_in_training(family):
     pipeline = tiny_pipeline(family)

@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_unet
-from diffusers import ConsistencyModelPipeline, DDPMScheduler, DiffusionPipeline, EDMEulerScheduler
+from diffusers import (
+    ConsistencyModelPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    EDMEulerScheduler,
+)
 
-from diffusers_onestep import DMD, OneStepPipeline, OneStepScheduler, SpaceToDepthUNet2DModel
+from diffusers_onestep import DMD, PID, EDMUNet2DModel, OneStepPipeline, OneStepScheduler, SiD, SpaceToDepthUNet2DModel
 from diffusers_onestep.repository import write_repository
 from diffusers_onestep.schedulers import student_scheduler
 from diffusers_onestep.teacher import Teacher
@@ -126,6 +132,38 @@ def test_saved_student_gives_the_same_image_in_both_pipelines(tmp_path, sigma, l
     assert np.array_equal(ours(2, generator=seeded(), **arguments).images, expected)
     assert np.array_equal(stock(2, generator=seeded(), **arguments).images, expected)
     assert ours(class_labels="bag").images
+
+
+@pytest.mark.parametrize("kind", ["unet", "edm", "dit"])
+@pytest.mark.parametrize("method", [SiD, DMD, PID])
+def test_a_student_of_a_teacher_with_learned_variance_has_none(tmp_path, method, kind):
+    network = {
+        "unet": lambda: tiny_unet(classes=3, channels=3, out_channels=6),
+        "edm": lambda: EDMUNet2DModel(8, out_channels=6, model_channels=8, channel_mult=(1, 1), num_class_embeds=3),
+        "dit": lambda: DiTTransformer2DModel(
+            num_attention_heads=2, attention_head_dim=8, num_layers=1, sample_size=8, patch_size=2, in_channels=3,
+            out_channels=6, num_embeds_ada_norm=3, norm_num_groups=1,
+        ),
+    }[kind]()  # fmt: skip
+    torch.nn.init.normal_(list(network.parameters())[-1])  # no head of zeros
+    teacher = Teacher(OneStepPipeline(network.eval(), DDPMScheduler(variance_type="learned_range")))
+    options = {"distance": "l2", "num_points": 4} if method is PID else {}
+    distiller = method(teacher, **options)
+    state = torch.get_rng_state()
+    pipeline = teacher.student_pipeline(distiller.student.network.eval(), **distiller.student_settings)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert pipeline.unet.config.out_channels == 3 and distiller.student.network.config.out_channels == 6
+    pipeline.save_pretrained(tmp_path)
+    size = network.config.sample_size
+    noise, labels = torch.randn(2, 3, size, size), torch.tensor([0, 2])
+    expected = distiller.sample(noise, {"class_labels": labels})
+    loaded = OneStepPipeline.from_pretrained(tmp_path)
+    images = loaded(latents=noise, class_labels=labels, output_type="latent").images
+    torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
+    # a whole network in a student's pipeline, which a distilled solver's is
+    whole = OneStepPipeline(distiller.student.network, pipeline.scheduler)
+    images = whole(latents=noise, class_labels=labels, output_type="latent").images
+    torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_few_step_student_samples_as_in_training():

@@ -15,6 +15,7 @@ from PIL import Image
 
 from diffusers_onestep import OneStepPipeline, Teacher, evaluate, shipped_model
 from diffusers_onestep.cli import main
+from diffusers_onestep.sampling import picture as as_picture
 
 
 def test_names():
@@ -80,6 +81,14 @@ def test_sample_and_info_commands(tmp_path, capsys):
     assert "SpaceToDepthUNet2DModel" in capsys.readouterr().out
     main(["sample", "fashion32-onestep", "--output", str(tmp_path / "a.jpg")])
     assert Image.open(tmp_path / "a.jpg").format == "JPEG"
+    labels = ["--class_labels", "0", "9", "--output", str(picture)]
+    main(["sample", "fashion32", "--num_inference_steps", "3", *labels])  # a model of many steps, by DDIM
+    teacher, generator = Teacher.from_pretrained("fashion32"), torch.Generator().manual_seed(0)
+    x0 = teacher.sample(
+        torch.randn(2, *teacher.sample_shape, generator=generator), teacher.encode([0, 9]), num_inference_steps=3
+    )
+    shown = np.asarray(Image.open(picture))[::2, ::2]
+    assert np.abs(shown - np.concatenate(list(as_picture(x0)[:, 0].numpy()), 1).astype(int)).max() <= 1
     assert not list(tmp_path.glob(".*"))
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "network_from_config",
     "set_dropout",
     "shrunk",
+    "without_variance",
 ]
 
 
@@ -60,6 +61,30 @@ def set_dropout(network: nn.Module, probability: float) -> None:
                 parts[name].p = other.p
             elif isinstance(vars(other).get("dropout"), float):
                 parts[name].dropout = other.dropout
+
+
+def without_variance(network: nn.Module) -> nn.Module:
+    """The network without the channels of a learned variance, which a one-step student has no use for; its other
+    weights are the same tensors. Networks that have none stay as they are."""
+    config = dict(getattr(network, "config", {}))
+    channels = config.get("in_channels")
+    if not channels or config.get("out_channels") != 2 * channels:
+        return network
+    with torch.device("meta"):
+        cut = network_from_config(config | {"out_channels": channels, "_class_name": type(network).__name__})
+    expected = cut.state_dict()
+
+    def means(name: str, weight: torch.Tensor) -> torch.Tensor:
+        if weight.shape == expected[name].shape:
+            return weight
+        # the head: rows are channels, of each place of a patch where a transformer makes patches
+        return weight.unflatten(0, (-1, 2 * channels))[:, :channels].flatten(0, 1)
+
+    cut.load_state_dict({k: means(k, v) for k, v in network.state_dict().items()}, assign=True)
+    for name, buffer in network.named_buffers():  # also those that are no part of the state
+        owner, _, leaf = name.rpartition(".")
+        setattr(cut.get_submodule(owner), leaf, buffer)
+    return cut.eval()
 
 
 def shrunk(network: nn.Module, factor: float) -> ModelMixin:

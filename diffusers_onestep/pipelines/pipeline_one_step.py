@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, LCMScheduler
+from diffusers import DDPMScheduler, DiffusionPipeline, LCMScheduler
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
@@ -268,6 +268,8 @@ class OneStepPipeline(DiffusionPipeline):
             for i, t in enumerate(self.scheduler.timesteps):
                 model_input = self.scheduler.scale_model_input(latents, t)
                 model_output = self.unet(model_input, t.expand(num_images), **cond, return_dict=False)[0]
+                if not isinstance(self.scheduler, DDPMScheduler):  # which alone samples with a learned variance
+                    model_output = model_output[:, : latents.shape[1]]
                 latents = self.scheduler.step(model_output, t, latents, **step_kwargs, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
