@@ -92,16 +92,20 @@ def quickstart(
     from .data import Batches, Conditions
     from .distillation import DistillationArguments, train_student
     from .evaluation import markdown_table, write_metrics
+    from .files import read_json
     from .presets import FASHION32_QUICKSTART
     from .records import command_line
 
     started = time.perf_counter()
-    if resume_from_checkpoint is None:
-        shutil.rmtree(Path(output_dir) / "checkpoints", ignore_errors=True)  # of an earlier quickstart
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(os.cpu_count() or 1)
     teacher = Teacher.from_pretrained("fashion32")
     method, loop = FASHION32_QUICKSTART["method"], FASHION32_QUICKSTART["loop"]
+    earlier = Path(output_dir) / "training_args.json"
+    if resume_from_checkpoint is None and earlier.is_file():
+        settings = {"pretrained_teacher_model": "fashion32"} | loop
+        if settings.items() <= read_json(earlier).items():  # of an earlier quickstart, and of nothing else
+            shutil.rmtree(Path(output_dir) / "checkpoints", ignore_errors=True)
     args = DistillationArguments(
         output_dir=output_dir,
         pretrained_teacher_model="fashion32",

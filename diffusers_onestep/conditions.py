@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
-Labels = int | str | Sequence[int | str] | torch.Tensor
+Labels = int | str | Sequence[int | str] | np.ndarray | torch.Tensor
 
 
 def named_labels(id2label: Mapping | None, network: Any) -> dict[int, str] | None:
@@ -25,19 +26,19 @@ def label_ids(labels: Labels, num_labels: int, id2label: dict[int, str] | None) 
     Raises:
         ValueError: on an unknown label, with the labels that there are.
     """
-    if isinstance(labels, torch.Tensor):
+    if isinstance(labels, (torch.Tensor, np.ndarray, np.generic)):
         labels = labels.reshape(-1).tolist()
     elif isinstance(labels, (int, str)):
         labels = [labels]
     names = {name.casefold(): number for number, name in (id2label or {}).items()}
     ids = []
     for label in labels:
-        number = names.get(label.casefold()) if isinstance(label, str) else int(label)
-        if number is None or not 0 <= number < num_labels:
+        number = names.get(label.casefold()) if isinstance(label, str) else label
+        if number is None or number != int(number) or not 0 <= number < num_labels:
             known = list((id2label or {}).values())
             allowed = f"0..{num_labels - 1}" + (f" or one of {known}" if known else "")
             raise ValueError(f"`class_labels` must be {allowed}, but is {label!r}.")
-        ids.append(number)
+        ids.append(int(number))
     return torch.tensor(ids, dtype=torch.long)
 
 

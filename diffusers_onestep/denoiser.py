@@ -201,6 +201,7 @@ class GuidedDenoiser(nn.Module):
             )
         self.denoiser = denoiser
         self.guidance_scale = guidance_scale
+        self.origin: Any = None  # the `Teacher` that it was made from
         self.negative_cond = dict(negative_cond or {})
 
     @property

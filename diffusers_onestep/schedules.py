@@ -37,6 +37,11 @@ class NoiseSchedule(ABC):
             return EDMSchedule(*levels, config.get("preconditioning", "edm"))
         if config.get("schedule_type") == "flow" or "FlowMatch" in name or config.get("use_flow_sigmas"):
             return FlowSchedule(config.num_train_timesteps, config.get("shift", config.get("flow_shift")) or 1.0)
+        if config.get("timestep_type") == "continuous":
+            raise ValueError(
+                f"`scheduler` must have discrete timesteps, but is a {name} with `timestep_type` 'continuous': give "
+                "an EDMEulerScheduler for a network of EDM's preconditioning."
+            )
         if hasattr(scheduler, "alphas_cumprod"):
             return VPSchedule(scheduler.alphas_cumprod)
         raise ValueError(

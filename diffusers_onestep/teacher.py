@@ -249,7 +249,9 @@ class Teacher:
         """The denoiser with classifier-free guidance; itself at 1.0."""
         if guidance_scale == 1.0:
             return self.denoiser
-        return GuidedDenoiser(self.denoiser, guidance_scale, self.null_condition(1))
+        guided = GuidedDenoiser(self.denoiser, guidance_scale, self.null_condition(1))
+        guided.origin = self
+        return guided
 
     def sample(
         self,

@@ -231,6 +231,8 @@ class Trainer:
                 args.lr_warmup_steps,
                 args.max_train_steps,
             )
+        if self.save_student is None:
+            logger.warning("No student is saved but in checkpoints: `save` is None, and the teacher is no `Teacher`.")
         if args.resume_from_checkpoint:
             self.resume()
         elif checkpoints(self.output_dir):
@@ -495,6 +497,12 @@ class Trainer:
         """Load the checkpoint that `resume_from_checkpoint` names; "latest" without one starts afresh."""
         wanted = self.args.resume_from_checkpoint
         path = latest_checkpoint(self.output_dir) if wanted == "latest" else Path(wanted)
+        own = checkpoints(self.output_dir)
+        if own and path.resolve().parent != own[0].resolve().parent:
+            raise ValueError(
+                f"`resume_from_checkpoint` must be one of the checkpoints that `output_dir` {str(self.output_dir)!r} "
+                f"holds already, but is {wanted!r}: give another folder."
+            )
         if path is None:
             self.accelerator.print(f"No checkpoint in {self.output_dir}: starting from the beginning.")
             return
@@ -515,6 +523,11 @@ class Trainer:
         if self.sharding:
             self._resume_sharded(path)
         if self.ema is not None:
+            if not (path / "ema.safetensors").is_file():
+                raise ValueError(
+                    f"`ema_halflife_kimg` must be 0 to go on from {str(path)!r}, which has no averaged weights, but "
+                    f"is {self.args.ema_halflife_kimg}."
+                )
             self.ema.load_tensors(load_file(path / "ema.safetensors"))
 
     def _resume_sharded(self, path: Path) -> None:

@@ -12,6 +12,7 @@ from diffusers import (
     DiffusionPipeline,
     DiTTransformer2DModel,
     EDMEulerScheduler,
+    LCMScheduler,
 )
 
 from diffusers_onestep import DMD, PID, EDMUNet2DModel, OneStepPipeline, OneStepScheduler, SiD, SpaceToDepthUNet2DModel
@@ -52,6 +53,10 @@ def test_labels_by_id_and_name_and_number_of_images(student):
     assert by_name.shape == (2, 16, 16, 1) and np.array_equal(by_name, by_id)
     assert len(student(class_labels=["bag", 2], num_images_per_prompt=3).images) == 6
     assert len(student(4, class_labels="bag").images) == 4
+    for labels in (range(1, 3), np.array([1, 2]), torch.tensor([1, 2])):
+        assert np.array_equal(student(class_labels=labels, generator=seeded(), output_type="np").images, by_id)
+    for label in (np.int64(2), torch.tensor(2)):
+        assert len(student(class_labels=label).images) == 1
     assert student().images[0].size == (16, 16)
     first, second = (student(2, generator=seeded(), output_type="np").images for _ in range(2))
     assert np.array_equal(first, second)
@@ -69,6 +74,7 @@ def test_one_generator_per_image(student):
         ({"num_inference_steps": 4}, r"`num_inference_steps` must be 1, .* but is 4"),
         ({"class_labels": "Sock"}, r"`class_labels` must be 0..2 or one of .*'Bag'.* but is 'Sock'"),
         ({"class_labels": 3}, r"`class_labels` must be 0..2 .* but is 3"),
+        ({"class_labels": [1.7]}, r"`class_labels` must be 0..2 .* but is 1.7"),
         ({"class_labels": -1}, r"`class_labels` must be 0..2 .* but is -1"),
         ({"guidance_scale": 7.5}, r"`guidance_scale` must be 1.0 .* but is 7.5"),
         ({"batch_size": 3, "class_labels": [0, 1]}, r"`class_labels` must be one label or as many as .* \(3\)"),
@@ -88,6 +94,21 @@ def test_a_many_step_model_must_be_told_its_steps(unet):
     with pytest.raises(ValueError, match=r"`num_inference_steps` must be given for a model with a DDPMScheduler"):
         pipeline()
     assert pipeline(num_inference_steps=2).images[0].size == (16, 16)
+
+
+def test_a_stock_lcm_scheduler_takes_one_step_unless_told_otherwise(unet):
+    """As the example of a student that plain diffusers can state: truncated betas, the class's own 50."""
+    truncated = {"num_train_timesteps": 400, "trained_betas": DDPMScheduler().betas[:400].tolist()}
+    scheduler = LCMScheduler(**truncated, original_inference_steps=50, clip_sample=False)
+    pipeline, calls = OneStepPipeline(unet, scheduler), []
+    unet.register_forward_hook(lambda *_: calls.append(1))
+    noise = torch.randn(1, 1, 16, 16)
+    images = pipeline(latents=noise, output_type="latent").images
+    teacher = Teacher(ConsistencyModelPipeline(unet, DDPMScheduler()))
+    assert len(calls) == 1
+    torch.testing.assert_close(images, teacher.denoiser(noise, torch.tensor([399])), rtol=1e-4, atol=1e-4)
+    pipeline(num_inference_steps=4)
+    assert len(calls) == 1 + 1 + 4
 
 
 def test_labels_on_an_unconditional_student_are_refused(unet):

@@ -22,6 +22,15 @@ def test_one_step_is_x0_of_ddim():
     torch.testing.assert_close(got.prev_sample, got.pred_original_sample)
 
 
+@pytest.mark.parametrize(
+    "scheduler",
+    [FlowMatchEulerDiscreteScheduler(), EDMEulerScheduler(), DDIMScheduler(rescale_betas_zero_snr=True)],
+)
+def test_other_schedulers_configs_are_not_taken_for_variance_preserving_ones(scheduler):
+    with pytest.raises(ValueError, match="`config` must be of a variance-preserving scheduler"):
+        OneStepScheduler.from_config(scheduler.config)
+
+
 def test_few_steps_add_fresh_noise_of_the_next_level():
     scheduler = OneStepScheduler(student_timesteps=[999, 499], prediction_type="sample")
     x0 = torch.randn(2, 1, 4, 4)

@@ -17,6 +17,13 @@ from diffusers_onestep.schedules import karras_sigma
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
+def test_continuous_timesteps_are_refused():
+    with pytest.raises(ValueError, match="`scheduler` must have discrete timesteps"):
+        NoiseSchedule.from_scheduler(
+            EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction")
+        )
+
+
 @pytest.mark.parametrize(
     "config, values",
     [

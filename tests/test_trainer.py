@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from diffusers_onestep import DMD, EDMSchedule, OneStepPipeline, SiD, Teacher, train
 from diffusers_onestep.arguments import TrainArguments
+from diffusers_onestep.cli import main
 from diffusers_onestep.data import Batches, Conditions
 from diffusers_onestep.methods.base import Distiller, Paper
 from diffusers_onestep.run_folder import checkpoints, latest_checkpoint
@@ -260,6 +261,15 @@ def test_another_runs_folder_is_refused_and_going_back_drops_what_came_later(tmp
     train(Scripted(), batches_of(), args)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-000002", "step-000003"]
     assert not list((tmp_path / "checkpoints").glob(".*"))
+    other = tmp_path / "other"
+    train(Scripted(), batches_of(), arguments(other, max_train_steps=1))
+    with pytest.raises(ValueError, match="`resume_from_checkpoint` must be one of the checkpoints"):
+        foreign = str(checkpoints(other)[0])
+        train(Scripted(), batches_of(), arguments(tmp_path, max_train_steps=4, resume_from_checkpoint=foreign))
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000002", "step-000003"]
+    with pytest.raises(ValueError, match="`ema_halflife_kimg` must be 0"):
+        averaged = {"ema_halflife_kimg": 1.0, "resume_from_checkpoint": "latest"}
+        train(Scripted(), batches_of(), arguments(tmp_path, max_train_steps=4, **averaged))
 
 
 def test_checkpoints_hold_no_code(tmp_path):
@@ -276,6 +286,29 @@ def test_train_saves_the_student_of_a_teacher(teacher_folder, tmp_path):
     assert (tmp_path / "samples.png").is_file()
     settings = json.loads((tmp_path / "training_args.json").read_text())
     assert (settings["pretrained_teacher_model"], settings["train_batch_size"]) == (str(teacher_folder), 2)
+
+
+def test_train_saves_the_averaged_student_of_a_guided_teacher(tmp_path):
+    teacher = Teacher.from_pretrained("fashion32")
+    args = arguments(tmp_path, max_train_steps=3, ema_halflife_kimg=0.01, learning_rate=1e-2)
+    distiller = DMD(teacher.guided(2.0))
+    start = [p.detach().clone() for p in distiller.student.network.parameters()]
+    train(distiller, Batches(Conditions(teacher.encode()), 2), args)
+    assert json.loads((tmp_path / "training_args.json").read_text())["pretrained_teacher_model"] == "fashion32"
+    averages = list(load_file(latest_checkpoint(tmp_path) / "ema.safetensors").items())
+    averages = [tensor for _, tensor in sorted(averages, key=lambda item: int(item[0]))]
+    saved = OneStepPipeline.from_pretrained(tmp_path).unet
+    for first, average, raw, kept in zip(
+        start, averages, distiller.student.network.parameters(), saved.parameters(), strict=True
+    ):
+        assert torch.equal(kept, average) and not torch.equal(average, raw) and not torch.equal(average, first)
+
+
+def test_a_quickstart_clears_no_other_runs_checkpoints(tmp_path):
+    train(Scripted(), batches_of(), arguments(tmp_path, max_train_steps=1))
+    with pytest.raises(SystemExit):
+        main(["quickstart", "--output_dir", str(tmp_path), "--max_train_steps", "1"])
+    assert checkpoints(tmp_path)
 
 
 def test_clipping_warm_up_and_rates(tmp_path):

@@ -29,13 +29,14 @@ class PIDArguments(DistanceArguments):
 
 def main(args: PIDArguments) -> None:
     teacher = args.load_teacher()
+    distance = args.model_distance(teacher, args.distance, "distance")  # before prompts are encoded: it may be missing
     samples = args.load_samples(teacher)
     distiller = PID(
         args.guided(teacher),
         num_points=args.num_points,
         start_ratio=args.start_ratio,
         rule=args.rule,
-        distance=args.model_distance(teacher, args.distance, "distance"),
+        distance=distance,
         head=args.head,
         student=args.load_student(),
         sample_shape=teacher.sample_shape,

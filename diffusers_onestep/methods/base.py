@@ -106,10 +106,10 @@ class Distiller(ABC):
     def take_teacher(self, teacher: Any, sample_shape: tuple[int, int, int] | None) -> None:
         """Freeze `teacher` (`Teacher`, `Denoiser` or `GuidedDenoiser`) and keep it; `sample_shape` is for networks
         without a diffusers config."""
-        self.origin = teacher
+        self.origin = getattr(teacher, "origin", None) or teacher
         self.teacher = teacher if isinstance(teacher, nn.Module) else teacher.denoiser
         self.teacher.requires_grad_(False).eval()
-        own = getattr(teacher, "sample_shape", None)
+        own = getattr(self.origin, "sample_shape", None)
         self.sample_shape = tuple(sample_shape or own or sample_shape_of(self.teacher.network))
 
     def save_state(self, folder: Path, rank: int) -> None:  # noqa: B027 (most have none)

@@ -42,18 +42,16 @@ class Decoded:
     """A distance between the images that latents stand for.
 
     Args:
-        name (`str`): see `image_distance`; its network is loaded at the first call.
+        name (`str`): see `image_distance`.
         decode (callable): latents to images in [-1, 1], with a graph.
         argument (`str`, *optional*): what errors call it.
     """
 
     def __init__(self, name: str, decode: Callable[[torch.Tensor], torch.Tensor], argument: str = "distance"):
-        self.name, self.decode, self.argument = name, decode, argument
-        self._distance: Distance | None = None
+        self.decode, self.distance = decode, image_distance(name, argument)
 
     def __call__(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        self._distance = self._distance or image_distance(self.name, self.argument)
-        return self._distance(self.decode(a), self.decode(b))
+        return self.distance(self.decode(a), self.decode(b))
 
 
 class Perceptual:

@@ -77,13 +77,15 @@ class ScoreDistiller(OneStepDistiller):
         self.fake_score = copy_denoiser(self.teacher, lora)
         self.fake_score_updates = fake_score_updates
         schedule = self.teacher.schedule
+        if start_ratio is not None and start_ratio <= 0:
+            raise ValueError(f"`start_ratio` must be positive, but is {start_ratio}.")
         if student_timesteps is None:
             t_start = schedule.t_max if start_ratio is None else schedule.timestep(start_ratio).item()
             student_timesteps = [t_start]
         self.student_timesteps = list(student_timesteps)
         steps, low, high = self.student_timesteps, schedule.t_min, schedule.t_max
         falls = all(a > b for a, b in zip(steps, steps[1:], strict=False))
-        if not falls or steps[0] > high + 1e-4 or steps[-1] < low - 1e-4:
+        if not steps or not falls or steps[0] > high + 1e-4 or steps[-1] < low - 1e-4:
             raise ValueError(f"`student_timesteps` must fall and lie between {low} and {high}, but are {steps}.")
         if isinstance(schedule, VPSchedule):
             self.student_timesteps = [int(t) for t in steps]

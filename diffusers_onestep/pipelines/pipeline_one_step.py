@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, LCMScheduler
 from diffusers.image_processor import VaeImageProcessor
@@ -20,6 +21,8 @@ from ..repository import load_index, resolve_model, safetensors_only
 from ..schedulers import OneStepScheduler
 
 PIXEL_PIPELINES = ("OneStepPipeline", "ConsistencyModelPipeline", "DDPMPipeline", "DDIMPipeline")
+
+LCM_STEPS = 50  # `original_inference_steps` of a stock LCMScheduler, which any number of steps may be taken with
 
 
 class OneStepPipeline(DiffusionPipeline):
@@ -107,7 +110,8 @@ class OneStepPipeline(DiffusionPipeline):
         if isinstance(self.scheduler, OneStepScheduler):
             return len(self.scheduler.config.student_timesteps or []) or None
         if isinstance(self.scheduler, LCMScheduler):
-            return self.scheduler.config.original_inference_steps
+            steps = self.scheduler.config.original_inference_steps
+            return None if steps == LCM_STEPS else steps
         return None
 
     @property
@@ -143,7 +147,7 @@ class OneStepPipeline(DiffusionPipeline):
         if (
             num_inference_steps is None
             and self.student_steps is None
-            and not isinstance(self.scheduler, OneStepScheduler)
+            and not isinstance(self.scheduler, (OneStepScheduler, LCMScheduler))
         ):
             fitted = getattr(self.scheduler, "fitted_steps", None)
             raise ValueError(
@@ -179,8 +183,10 @@ class OneStepPipeline(DiffusionPipeline):
             return None
         if class_labels is None:
             if isinstance(generator, list):  # one per image, as in EDM's and SiD's scripts
-                return torch.stack([torch.randint(self.num_labels, (), generator=g) for g in generator[:batch_size]])
-            return torch.randint(self.num_labels, (batch_size,), generator=generator)
+                draws = [torch.randint(self.num_labels, (), generator=g, device=g.device) for g in generator]
+                return torch.stack(draws[:batch_size])
+            device = None if generator is None else generator.device
+            return torch.randint(self.num_labels, (batch_size,), generator=generator, device=device)
         ids = label_ids(class_labels, self.num_labels, self.id2label)
         if len(ids) not in (1, batch_size):
             raise ValueError(
@@ -229,7 +235,7 @@ class OneStepPipeline(DiffusionPipeline):
         if num_images_per_prompt < 1:
             raise ValueError(f"`num_images_per_prompt` must be at least 1, but is {num_images_per_prompt}.")
         if batch_size is None:
-            if isinstance(class_labels, (list, tuple, torch.Tensor)):
+            if class_labels is not None and np.ndim(class_labels):
                 batch_size = len(class_labels)
             else:
                 batch_size = 1 if latents is None else len(latents) // num_images_per_prompt

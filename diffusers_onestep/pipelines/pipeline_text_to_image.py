@@ -10,6 +10,7 @@ import torch
 from diffusers import (
     DiffusionPipeline,
     FluxPipeline,
+    LCMScheduler,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     SanaPipeline,
@@ -104,6 +105,8 @@ class OneStepTextToImageMixin:
         """The same for a distilled solver or a model that takes any number of steps."""
         if isinstance(self.scheduler, DODESchedulerMixin):
             self._check_fitted(given)
+        elif given.get("num_inference_steps") is None and isinstance(self.scheduler, LCMScheduler):
+            given["num_inference_steps"] = 1
         elif given.get("num_inference_steps") is None:
             raise ValueError(
                 f"`num_inference_steps` must be given for a model with a {type(self.scheduler).__name__}, which is no "

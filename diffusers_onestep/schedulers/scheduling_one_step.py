@@ -114,6 +114,24 @@ class OneStepScheduler(SchedulerMixin, ConfigMixin):
         self.generator = None  # of the noise between steps, where the pipeline hands none to `step`
         self.set_timesteps(len(student_timesteps) if student_timesteps else 1)
 
+    @classmethod
+    def from_config(cls, config: dict[str, Any] | None = None, **kwargs):
+        """
+        As in other schedulers, from the config of a variance-preserving one.
+
+        Raises:
+            ValueError: on the config of a scheduler of another kind, whose noise levels it does not state.
+        """
+        if isinstance(config, dict) and "schedule_type" not in config:  # of a scheduler of diffusers
+            of_another_kind = [key for key in ("shift", "sigma_data") if key in config]
+            of_another_kind += [key for key in ("use_flow_sigmas", "rescale_betas_zero_snr") if config.get(key)]
+            if of_another_kind:
+                raise ValueError(
+                    "`config` must be of a variance-preserving scheduler without zero terminal SNR, but has "
+                    f"{of_another_kind}: `schedulers.student_scheduler` makes a student's scheduler of any kind."
+                )
+        return super().from_config(config, **kwargs)
+
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
