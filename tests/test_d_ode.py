@@ -17,6 +17,7 @@ import diffusers_onestep
 from diffusers_onestep import fit_d_ode
 from diffusers_onestep.methods.dode import _fit_call, _Run, end_of, nested_teacher, solve, trajectory
 from diffusers_onestep.schedulers import DISTILLED_SCHEDULERS, solver_for
+from diffusers_onestep.schedulers import SOLVERS as NAMED
 from diffusers_onestep.schedulers.scheduling_d_ode import distilled_copy, first_order
 
 TRAILING = {"timestep_spacing": "trailing"}
@@ -1039,6 +1040,24 @@ def test_solvers_are_named_for_the_kind_of_teacher():
         solver_for("ddim", diffusers.EDMEulerScheduler())
     with pytest.raises(ValueError, match=r"`solver` must be one of .* for a DDPMScheduler, but is 'edm-euler'"):
         solver_for("edm-euler", DDPMScheduler())
+
+
+@pytest.mark.parametrize("algorithm", ["dpmsolver", "sde-dpmsolver++"])
+@pytest.mark.parametrize("solver", [name for name in NAMED if not name.startswith("edm-")])
+def test_the_algorithm_of_a_teachers_solver_is_not_that_of_ours(solver, algorithm):
+    teacher = DPMSolverMultistepScheduler(algorithm_type=algorithm, final_sigmas_type="sigma_min")
+    scheduler, fresh = solver_for(solver, teacher), solver_for(solver, DDPMScheduler())
+    assert scheduler.setting("algorithm_type") == fresh.setting("algorithm_type")
+    assert scheduler.dode_space == fresh.dode_space
+    report = fit(scheduler, predictor(MILD), 5)
+    assert report.table["space"] == fresh.dode_space and any(any(row) for row in report.lambdas)
+    assert algorithm not in report.table["solver"].values()
+    fit(build("ddim"), predictor(MILD), 5, teacher_scheduler=DDIMScheduler.from_config(teacher.config, **TRAILING))
+
+
+def test_the_algorithm_may_be_chosen():
+    settings = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
+    assert solver_for("dpmsolver++", DDPMScheduler(), **settings).dode_space == "epsilon"
 
 
 @pytest.mark.parametrize("solver", ["dpmsolver++", "dpmsolver-singlestep"])

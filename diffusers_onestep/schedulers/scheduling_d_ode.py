@@ -171,10 +171,15 @@ class DODESchedulerMixin:
         """The numbers of steps that there are tables for."""
         return sorted(int(steps) for steps in self.config.get("dode_tables") or {})
 
+    def setting(self, key: str) -> Any:
+        """The value of a config key that this class's constructor knows; None of one that only lies in the config, as
+        those of another class do after `from_config`."""
+        return self.config.get(key) if key in inspect.signature(type(self).__init__).parameters else None
+
     @property
     def own_space(self) -> str:
         """The space that the base solver works in."""
-        return "epsilon" if self.config.get("algorithm_type") == "dpmsolver" else self._space
+        return "epsilon" if self.setting("algorithm_type") == "dpmsolver" else self._space
 
     @property
     def dode_space(self) -> str:
@@ -254,10 +259,9 @@ class DODESchedulerMixin:
 
     def check_grid(self) -> None:
         """Raise a `ValueError` if this solver's own steps do not meet its timesteps, or if it cannot be distilled."""
-        if str(self.config.get("algorithm_type", "")).startswith("sde"):
-            raise ValueError(
-                f"`algorithm_type` must be deterministic to be distilled, but is {self.config.algorithm_type!r}."
-            )
+        algorithm = self.setting("algorithm_type")
+        if str(algorithm).startswith("sde"):
+            raise ValueError(f"`algorithm_type` must be deterministic to be distilled, but is {algorithm!r}.")
         if self.dode_space == "epsilon" and self.nodes[0][0] == 0:
             raise ValueError(
                 "`dode_space` must be 'sample' where the first timestep holds no signal (`rescale_betas_zero_snr`), "
@@ -655,9 +659,12 @@ SOLVERS: dict[str, tuple[type[DODESchedulerMixin], dict[str, Any]]] = {
     "ddim": (DistilledDDIMScheduler, _TRAILING),
     "pndm": (DistilledPNDMScheduler, _TRAILING | {"skip_prk_steps": True}),
     "ipndm": (DistilledPNDMScheduler, _TRAILING | {"skip_prk_steps": True, "pndm_type": "ipndm"}),
-    "dpmsolver++": (DistilledDPMSolverMultistepScheduler, _TRAILING),
-    "dpmsolver-singlestep": (DistilledDPMSolverSinglestepScheduler, {"lower_order_final": True}),
-    "deis": (DistilledDEISMultistepScheduler, _TRAILING),
+    "dpmsolver++": (DistilledDPMSolverMultistepScheduler, _TRAILING | {"algorithm_type": "dpmsolver++"}),
+    "dpmsolver-singlestep": (
+        DistilledDPMSolverSinglestepScheduler,
+        {"lower_order_final": True, "algorithm_type": "dpmsolver++"},
+    ),
+    "deis": (DistilledDEISMultistepScheduler, _TRAILING | {"algorithm_type": "deis"}),
     "euler": (DistilledEulerDiscreteScheduler, _KARRAS),
     "edm-euler": (DistilledEDMEulerScheduler, {}),
     "edm-dpmsolver++": (DistilledEDMDPMSolverMultistepScheduler, {}),
