@@ -618,7 +618,15 @@ NESTED = [
     ("DPMSolverMultistep", {"use_lu_lambdas": True}, (4, 5, 7, 8, 10, 20), "inclusive"),
     ("EulerDiscrete", {"use_karras_sigmas": True}, (4, 5, 7, 8, 10, 20), "inclusive"),
     ("HeunDiscrete", {"use_karras_sigmas": True}, (4, 5, 7, 8, 10, 20), "inclusive"),
+    ("EulerDiscrete", {"use_exponential_sigmas": True}, (4, 5, 7, 8, 10, 20), "inclusive"),
+    ("HeunDiscrete", {"use_exponential_sigmas": True}, (4, 5, 7, 8, 10, 20), "inclusive"),
+    ("DEISMultistep", {"use_karras_sigmas": True}, (4, 5, 7, 8, 10, 20), "inclusive"),
+    ("DEISMultistep", {"use_exponential_sigmas": True}, (4, 5, 7, 8, 10, 20), "inclusive"),
+    ("DPMSolverSinglestep", {"use_karras_sigmas": True}, (4, 5, 7, 8, 10, 20), "inclusive"),
+    ("DPMSolverSinglestep", {"use_exponential_sigmas": True}, (4, 5, 7, 8, 10, 20), "inclusive"),
     ("EDMEuler", {}, (4, 5, 7, 8, 10, 20), "inclusive"),
+    ("EDMEuler", {"sigma_schedule": "exponential"}, (4, 5, 7, 8, 10, 20), "inclusive"),
+    ("EDMDPMSolverMultistep", {}, (4, 5, 7, 8, 10, 20), "inclusive"),
     ("EDMDPMSolverMultistep", {"sigma_schedule": "exponential"}, (4, 5, 7, 8, 10, 20), "inclusive"),
 ]
 
@@ -646,14 +654,39 @@ def test_the_teachers_grid_contains_the_students(kind, settings, counts, form):
         ("PNDM", {"timestep_spacing": "leading", "skip_prk_steps": True}, 10),
         ("DPMSolverMultistep", {"timestep_spacing": "leading"}, 7),
         ("DEISMultistep", {"timestep_spacing": "leading"}, 7),
-        ("HeunDiscrete", TRAILING | {"use_karras_sigmas": True}, 5),
+        ("EulerDiscrete", {"timestep_spacing": "leading"}, 7),
     ],
 )
 def test_other_grids_are_refused_with_the_remedy(kind, settings, steps):
     scheduler = getattr(diffusers_onestep, f"Distilled{kind}Scheduler")(**settings)
-    with pytest.raises(ValueError, match=r"trailing"):
+    with pytest.raises(ValueError, match=r"with `timestep_spacing='trailing'`|`timestep_spacing` must be 'trailing'"):
         fit(scheduler, random_network, steps)
     assert scheduler.fitted_steps == []
+
+
+@pytest.mark.parametrize("kind", ["EulerDiscrete", "HeunDiscrete"])
+@pytest.mark.parametrize("spacing", ["trailing", "leading"])
+def test_curved_grids_that_do_not_nest_are_refused_with_the_remedy(kind, spacing):
+    cls = getattr(diffusers_onestep, f"Distilled{kind}Scheduler")
+    remedy = (
+        f"`timestep_spacing` {spacing!r}.* Build the scheduler with `timestep_spacing='linspace'`, whose grids nest"
+    )
+    with pytest.raises(ValueError, match=remedy + r"\.$"):
+        fit(cls(use_karras_sigmas=True, timestep_spacing=spacing), random_network, 5)
+    assert fit(cls(use_karras_sigmas=True, timestep_spacing="linspace"), predictor(MILD), 5).accepted
+
+
+@pytest.mark.parametrize("kind", ["exponential", "beta"])
+@pytest.mark.parametrize("solver", [name for name in NAMED if not name.startswith("edm-")])
+def test_teachers_with_another_curve_of_levels(solver, kind):
+    """Exponential and beta levels exclude the Karras levels of some of our solvers, which replace them."""
+    if kind == "beta":
+        pytest.importorskip("scipy")
+    scheduler = solver_for(solver, diffusers.EulerDiscreteScheduler(**{f"use_{kind}_sigmas": True}))
+    scheduler.set_timesteps(5)
+    scheduler.check_grid()
+    assert scheduler.setting("use_karras_sigmas") or solver not in ("euler", "heun")
+    nested_teacher(scheduler, 10, None)
 
 
 def test_a_teacher_on_another_grid_is_refused():
@@ -1060,10 +1093,18 @@ def test_the_algorithm_may_be_chosen():
     assert solver_for("dpmsolver++", DDPMScheduler(), **settings).dode_space == "epsilon"
 
 
+FLOW_TEACHERS = [
+    diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    # as SANA's
+    DPMSolverMultistepScheduler(use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"),
+]
+
+
+@pytest.mark.parametrize("flow", FLOW_TEACHERS, ids=lambda teacher: type(teacher).__name__)
 @pytest.mark.parametrize("solver", ["dpmsolver++", "dpmsolver-singlestep"])
-def test_flow_teachers(solver):
-    flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+def test_flow_teachers(solver, flow):
     scheduler = solver_for(solver, flow)
+    assert scheduler.config.flow_shift == 3.0
     variance = torch.linspace(0.05, 0.8, 64).double()
 
     def velocity(sample, t):
@@ -1074,6 +1115,16 @@ def test_flow_teachers(solver):
 
     report = fit(scheduler, velocity, 5)
     assert report.accepted and report.heldout_mse < 0.8 * report.heldout_mse_base
+
+
+@pytest.mark.parametrize("flow", FLOW_TEACHERS, ids=lambda teacher: type(teacher).__name__)
+@pytest.mark.parametrize("solver", ["ddim", "pndm", "ipndm", "deis", "euler", "heun", "edm-euler"])
+def test_flow_teachers_have_few_solvers(solver, flow):
+    allowed = r"\['dpmsolver\+\+', 'dpmsolver-singlestep'\]"
+    with pytest.raises(
+        ValueError, match=rf"`solver` must be one of {allowed} for a flow matching .*, but is '{solver}'"
+    ):
+        solver_for(solver, flow)
 
 
 def test_text_to_image_teachers_take_lists_of_prompts(stable_diffusion):

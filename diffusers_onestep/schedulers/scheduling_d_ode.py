@@ -24,6 +24,8 @@ from diffusers import (
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from diffusers.utils import logging
 
+from ..schedules import EDMSchedule, FlowSchedule, NoiseSchedule
+
 logger = logging.get_logger(__name__)
 
 Level = tuple[float, float]  # alpha and sigma of a node, in the coordinates of the scheduler's samples
@@ -653,7 +655,8 @@ def distilled_copy(scheduler: SchedulerMixin) -> DODESchedulerMixin:
 
 
 _TRAILING = {"timestep_spacing": "trailing"}
-_KARRAS = {"use_karras_sigmas": True, "timestep_spacing": "linspace"}
+_KARRAS = {"use_karras_sigmas": True, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+_KARRAS |= {"timestep_spacing": "linspace"}
 # name: class and settings, on grids that nest
 SOLVERS: dict[str, tuple[type[DODESchedulerMixin], dict[str, Any]]] = {
     "ddim": (DistilledDDIMScheduler, _TRAILING),
@@ -684,15 +687,18 @@ def solver_for(name: str, teacher_scheduler: SchedulerMixin, **settings: Any) ->
         ValueError: if there is no such solver, or none for this kind of teacher.
     """
     config = teacher_scheduler.config
-    edm, flow = "sigma_data" in config, type(teacher_scheduler).__name__.startswith("FlowMatch")
+    schedule = NoiseSchedule.from_scheduler(teacher_scheduler)
+    edm, flow = isinstance(schedule, EDMSchedule), isinstance(schedule, FlowSchedule)
     fits = [n for n in SOLVERS if n.startswith("edm-") == edm and not (flow and SOLVERS[n][0] not in _FLOW)]
     if name not in fits:
-        raise ValueError(f"`solver` must be one of {fits} for a {type(teacher_scheduler).__name__}, but is {name!r}.")
+        kind = f"{'flow matching ' if flow else ''}{type(teacher_scheduler).__name__}"
+        raise ValueError(f"`solver` must be one of {fits} for a {kind}, but is {name!r}.")
     if config.get("preconditioning", "edm") != "edm":
         raise ValueError(f"`preconditioning` must be 'edm' for these solvers, but is {config.preconditioning!r}.")
     solver, defaults = SOLVERS[name]
     if flow:
-        defaults = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": config.shift}
+        defaults = {"use_flow_sigmas": True, "flow_shift": schedule.shift}
+        defaults["prediction_type"] = config.get("prediction_type", "flow_prediction")
         config = {"num_train_timesteps": config.num_train_timesteps}
     return solver.from_config(config, **(defaults | settings | {"dode_tables": None}))
 
