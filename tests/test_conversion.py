@@ -13,15 +13,17 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from edm_files import SOURCE, module, original_modules, random_weights, write_pickle
+from families import tiny_pipeline
 from safetensors.torch import load_file
 from test_edm import GOLDEN, NETWORKS, error
 
 from diffusers_onestep import EDM2UNet2DModel, EDMSchedule, EDMUNet2DModel, OneStepPipeline, Teacher, convert
 from diffusers_onestep.cli import main
 from diffusers_onestep.conversion.adm import adm_to_stock, stock_settings
+from diffusers_onestep.conversion.dmd2 import told_timesteps
 from diffusers_onestep.conversion.guided_diffusion import guided_levels, guided_to_edm
-from diffusers_onestep.conversion.kinds import EDM_WRAPPERS, licence_of
-from diffusers_onestep.conversion.pickles import UnsafeCheckpointError, read_checkpoint
+from diffusers_onestep.conversion.kinds import EDM_WRAPPERS, kind_of, licence_of
+from diffusers_onestep.conversion.pickles import StoredModule, UnsafeCheckpointError, read_checkpoint
 from diffusers_onestep.network_calls import network_output
 
 DDPMPP = {"img_resolution": 8, "img_channels": 3, "label_dim": 4, "model_channels": 16, "channel_mult": [1, 2]}
@@ -670,6 +672,66 @@ def test_what_cannot_be_told_is_asked_for(song, tmp_path):
     torch.save({"fake_unet.model.a": torch.zeros(1)}, tmp_path / "critic.bin")
     with pytest.raises(ValueError, match="critic of a DMD2 run"):
         convert(tmp_path / "critic.bin", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "place, student",
+    [
+        ("alpha/network.pkl", False),
+        ("alpha1.2/run/network.pkl", False),
+        ("residual/network.pkl", False),
+        ("run/residual.pkl", False),
+        ("cifar10-cond/alpha1.2/network-snapshot-1.2-403968.pkl", True),
+        ("run/cifar10_sida_alpha1-10240.pkl", True),
+        ("run/my-sid.pkl", True),
+        ("run/cifar10_sid2a.pkl", True),
+    ],
+)
+def test_students_of_sid_are_told_by_the_end_of_their_path(place, student, tmp_path):
+    content = {"ema": StoredModule("EDMPrecond")}
+    if student:
+        assert kind_of(content, tmp_path / place) == "sid"
+    else:
+        with pytest.raises(ValueError, match="`kind` must be given"):
+            kind_of(content, tmp_path / place)
+
+
+@pytest.mark.parametrize(
+    "place, steps",
+    [
+        ("4step/dmd2_sdxl_1step_unet.bin", [399]),
+        ("1step/dmd2_sdxl_4step_unet_fp16.bin", [999, 749, 499, 249]),
+        ("dmd2_4step/unet.bin", [999, 749, 499, 249]),
+        ("sdv1.5/laion_fid8.35_checkpoint_model_041000/pytorch_model.bin", [999]),
+        ("4step/run/unet.bin", None),
+        ("dmd2_14step/unet.bin", None),
+    ],
+)
+def test_timesteps_are_told_by_the_end_of_a_path(place, steps, tmp_path):
+    if steps is not None:
+        assert told_timesteps(tmp_path / place) == steps
+    else:
+        with pytest.raises(ValueError, match="`student_timesteps` must be given"):
+            told_timesteps(tmp_path / place)
+
+
+@pytest.mark.parametrize("text", [None, "{", "[1, 2]", b"\xff\xfe\x00"])
+def test_options_that_are_no_json_object(text, song, tmp_path, capsys):
+    file = tmp_path / "options.json"
+    if text is not None:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", str(song[1]), str(tmp_path / "out"), "--config", str(file)])
+    assert ended.value.code == 2 and "onestep: error: `config` must be a" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_must_have_a_unet(tmp_path):
+    tiny_pipeline("sd3").save_pretrained(tmp_path / "base")
+    torch.save({"conv_in.weight": torch.zeros(1)}, tmp_path / "dmd2_sdxl_1step_unet.bin")
+    with pytest.raises(ValueError, match=r"`base` must be a text-to-image pipeline with a U-Net, but .* is a Stable"):
+        convert(tmp_path / "dmd2_sdxl_1step_unet.bin", tmp_path / "out", base=tmp_path / "base")
+    assert not (tmp_path / "out").exists()
 
 
 def test_legacy_files_of_torch(tmp_path):
