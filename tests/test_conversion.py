@@ -11,7 +11,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import AutoencoderKL, UNet2DModel
 from edm_files import SOURCE, module, original_modules, random_weights, write_pickle
 from families import tiny_pipeline
 from safetensors.torch import load_file
@@ -226,6 +226,33 @@ def test_edm2_in_half_precision(tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("channels, labels", [(4, 4), (4, 0), (3, 4)])
+def test_the_code_of_a_card_makes_images(channels, labels, tmp_path, monkeypatch):
+    """Of a student in EDM2's latents it decodes them; here with a small autoencoder on this machine."""
+    config = {"in_channels": channels, "out_channels": channels, "num_class_embeds": labels or None}
+    net = EDM2UNet2DModel(**SONG | config | {"attention_head_dim": 16}).eval()
+    options = {"img_resolution": 8, "img_channels": channels, "label_dim": labels, "model_channels": 16}
+    options |= {"channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4], "channels_per_head": 16}
+    weights = random_weights(net, "unet")
+    convert(write_pickle(tmp_path / "a.pkl", "EDM_2_Precond_Generator", options, weights), tmp_path / "out")
+    code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4).eval()
+    monkeypatch.setattr(AutoencoderKL, "from_pretrained", {"stabilityai/sd-vae-ft-mse": vae}.__getitem__)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    if channels == 3:
+        assert [image.size for image in names["images"]] == [(8, 8)] * 2
+        return
+    assert ("class_labels" in code) == bool(labels)
+    deviation, mean = torch.tensor([4.17, 4.62, 3.71, 3.28]), torch.tensor([5.81, 3.25, 0.12, -2.15])
+    raw = (names["latents"].movedim(1, -1) / 0.5 * deviation + mean).movedim(-1, 1)
+    torch.testing.assert_close(names["images"], vae.decode(raw).sample.clamp(0, 1), rtol=1e-4, atol=1e-5)
+    assert names["images"].shape == (2, 3, 16, 16) and names["images"].std() > 1e-3
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(
     "flags", [{"use_new_attention_order": True, "noise_schedule": "cosine"}, {"num_heads": 4}, {}]
 )
@@ -344,7 +371,6 @@ def test_stock_names_are_complete():
 )
 def test_text_student(name, steps, tmp_path):
     from diffusers import (
-        AutoencoderKL,
         DDIMScheduler,
         DiffusionPipeline,
         StableDiffusionPipeline,

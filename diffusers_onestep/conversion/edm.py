@@ -22,6 +22,13 @@ EDM2_LATENTS = (
     "`vae.decode(raw)`, without diffusers' scaling factor, gives images in [0, 1]."
 )
 
+# the same as code
+DECODE_EDM2_LATENTS = """vae = AutoencoderKL.from_pretrained("stabilityai/sd-vae-ft-mse")
+scale = 0.5 / torch.tensor([4.17, 4.62, 3.71, 3.28]).reshape(4, 1, 1)
+bias = -torch.tensor([5.81, 3.25, 0.12, -2.15]).reshape(4, 1, 1) * scale
+with torch.no_grad():
+    images = vae.decode((latents - bias) / scale).sample.clamp(0, 1)"""
+
 STOCK_IN_FLOAT64 = (
     "`UNet2DModel` embeds the timestep in float32, also where the network runs in float64: in float32 it agrees with "
     "the original to rounding, in float64 to about 1e-8 (3e-6 at the timesteps of DDPM); a `Denoiser` calls it so "
