@@ -4,11 +4,12 @@ import copy
 import inspect
 import json
 import math
+import runpy
 
 import diffusers
 import pytest
 import torch
-from conftest import tiny_unet
+from conftest import ROOT, tiny_unet
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.utils import DummyObject
 from families import tiny_pipeline
@@ -967,6 +968,39 @@ def test_the_script_writes_a_scheduler_that_keeps_earlier_tables(fitted_folder):
         pipe(class_labels=0)
     with pytest.raises(ValueError, match=r"fitted numbers \[4, 5, 10\], but is 7"):
         pipe(class_labels=0, num_inference_steps=7)
+
+
+NOTES = {"teacher_model": "a", "revision": None, "variant": None, "guidance_scale": 2.0, "embedded_guidance": 3.5}
+NOTES |= {"sample_shape": [4, 8, 8], "prompts": "prompts.txt"}
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        (None, None),
+        ("teacher_model", "b"),
+        ("revision", "v2"),
+        ("variant", "fp16"),
+        ("guidance_scale", 3.0),
+        ("embedded_guidance", 7.0),
+        ("sample_shape", [4, 16, 16]),
+        ("prompts", "others.txt"),
+    ],
+)
+def test_tables_of_another_model_or_resolution_are_not_mixed(key, value, tmp_path):
+    from types import SimpleNamespace
+
+    take_up = runpy.run_path(str(ROOT / "training" / "fit_d_ode.py"))["take_up"]
+    fitted, args = build("ddim"), SimpleNamespace(output_dir=str(tmp_path))
+    fit(fitted, predict_for("ddim"), 5, notes=NOTES)
+    fitted.save_pretrained(tmp_path / "scheduler")
+    fresh = build("ddim")
+    if key is None:
+        take_up(fresh, NOTES, args)
+        assert fresh.fitted_steps == [5]
+        return
+    with pytest.raises(ValueError, match=rf"`output_dir` must be new or hold .*differs in \['{key}'\]"):
+        take_up(fresh, NOTES | {key: value}, args)
 
 
 @pytest.mark.parametrize(
