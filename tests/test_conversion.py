@@ -3,6 +3,7 @@
 import copyreg
 import io
 import json
+import logging
 import os
 import pickle
 import struct
@@ -406,7 +407,7 @@ def test_text_student(name, steps, tmp_path):
         vae=vae,
         unet=unet,
         text_encoder=text,
-        tokenizer=CLIPTokenizer(vocab=vocabulary, merges=[]),
+        tokenizer=CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77),
         scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
@@ -426,6 +427,20 @@ def test_text_student(name, steps, tmp_path):
     loaded.scheduler.set_timesteps(len(steps))
     assert loaded.scheduler.timesteps.tolist() == steps
     assert loaded.scheduler.init_noise_sigma == 1.0
+    # x0 = (x_t - sigma * eps) / alpha, and fresh noise of the next timestep
+    network = unet.eval().requires_grad_(False)
+    network.load_state_dict({k: v.half().float() for k, v in state.items()})
+    pipe, generator = OneStepPipeline.from_pretrained(tmp_path / "out"), torch.Generator().manual_seed(0)
+    x_t, products = torch.randn(1, 4, 8, 8), base.scheduler.alphas_cumprod
+    images = pipe("a", latents=x_t, generator=torch.Generator().manual_seed(0), output_type="latent").images
+    embeddings, _ = base.encode_prompt("a", "cpu", 1, False)
+    for t, following in zip(steps, [*steps[1:], None], strict=True):
+        eps = network(x_t, t, embeddings).sample
+        x0 = (x_t - (1 - products[t]).sqrt() * eps) / products[t].sqrt()
+        if following is not None:
+            noise = torch.randn(x0.shape, generator=generator)
+            x_t = products[following].sqrt() * x0 + (1 - products[following]).sqrt() * noise
+    assert error(images, x0) < 1e-4 and error(images, x_t) > 0.1
 
 
 @pytest.mark.skipif(not NETWORKS, reason="no golden values here")
@@ -739,6 +754,17 @@ def test_timesteps_are_told_by_the_end_of_a_path(place, steps, tmp_path):
     else:
         with pytest.raises(ValueError, match="`student_timesteps` must be given"):
             told_timesteps(tmp_path / place)
+
+
+@pytest.mark.parametrize("version, said", [(6, None), (7, "7"), ("6", "None"), (10**9, "None")])
+def test_pickles_of_another_version_are_read_with_a_warning(version, said, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    monkeypatch.setattr("edm_files.VERSION", version)  # of the file that is written
+    _, weights = network(SONG)
+    convert(write_pickle(tmp_path / "edm-a.pkl", "EDMPrecond", DDPMPP | {"augment_dim": 0}, weights), tmp_path / "out")
+    warned = [r.message for r in caplog.records if "what is known is version 6" in r.message]
+    assert len(warned) == (said is not None) and all(f"is of version {said}," in text for text in warned)
+    assert (tmp_path / "out" / "model_index.json").is_file()
 
 
 @pytest.mark.parametrize("text", [None, "{", "[1, 2]", b"\xff\xfe\x00"])
