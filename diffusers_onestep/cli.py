@@ -179,7 +179,16 @@ def convert(
     """A diffusers folder of a published checkpoint."""
     from .conversion import convert
 
-    options = json.loads(Path(config).read_text()) if config else None
+    options = None
+    if config is not None:
+        try:
+            options = json.loads(Path(config).read_text())
+        except (OSError, ValueError) as error:  # no file, no text, no JSON
+            raise ValueError(f"`config` must be a readable JSON file, but {config!r} is not: {error}.") from error
+        if not isinstance(options, dict):
+            raise ValueError(
+                f"`config` must be a JSON object of options, but {config!r} has a {type(options).__name__}."
+            )
     kind = convert(file, out, kind=kind, base=base, config=options, student_timesteps=student_timesteps)
     print(f"{file} ({kind}) is now {out}")
     info(out)

@@ -161,6 +161,8 @@ class EDMSchedule(NoiseSchedule):
         least, largest = 0.0, math.inf
         if preconditioning == "ve":
             least, largest = VE_SIGMAS
+        elif preconditioning == "vp":
+            least, largest = VP_SIGMAS
         elif preconditioning == "iddpm":
             least, largest = self.iddpm_levels()[[0, -1]].tolist()
         self.sigma_min, self.sigma_max = max(sigma_min, least), min(sigma_max, largest)
@@ -236,6 +238,8 @@ class EDMSchedule(NoiseSchedule):
 
 PRECONDITIONINGS = ("edm", "vp", "ve", "iddpm")
 VP_BETA_D, VP_BETA_MIN, VP_STEPS = 19.9, 0.1, 1000  # of the VP SDE (Karras et al. 2022, Table 1)
+VP_TIMES = (1e-5, 1.0)  # between which it was trained
+VP_SIGMAS = tuple(math.sqrt(math.expm1(VP_BETA_D * t**2 / 2 + VP_BETA_MIN * t)) for t in VP_TIMES)
 VE_SIGMAS = (0.02, 100.0)  # of the VE SDE
 
 
@@ -252,10 +256,10 @@ def iddpm_sigmas(steps: int = 1000) -> torch.Tensor:
 
 
 def vp_sde_alphas_cumprod() -> torch.Tensor:
-    """`alpha**2` of the VP SDE at timesteps 0..999 (times `c_noise / 999`), float64; the first at the SDE's least time
-    1e-5, for there is no noise at 0."""
+    """`alpha**2` of the VP SDE at timesteps 0..999 (times `c_noise / 999`), float64; the first at the SDE's least
+    time, for there is no noise at 0."""
     time = torch.arange(VP_STEPS, dtype=torch.float64) / (VP_STEPS - 1)
-    time[0] = 1e-5
+    time[0] = VP_TIMES[0]
     return torch.exp(-(VP_BETA_D * time**2 / 2 + VP_BETA_MIN * time))
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 SOURCE = "raise SystemExit('the source text of a checkpoint was run')"
+VERSION = 6
 BUFFERS = ("resample_filter", "freqs", "phases", "u")
 HOOKS = ("_backward_hooks", "_forward_hooks", "_forward_pre_hooks", "_state_dict_hooks")
 
@@ -19,7 +20,13 @@ class Persistent:
     """What pickles as a call of EDM's reconstruction function."""
 
     def __init__(self, class_name, state, source=SOURCE):
-        self.meta = {"type": "class", "version": 6, "module_src": source, "class_name": class_name, "state": state}
+        self.meta = {
+            "type": "class",
+            "version": VERSION,
+            "module_src": source,
+            "class_name": class_name,
+            "state": state,
+        }
 
     def __reduce__(self):
         return sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj, (self.meta,)

@@ -3,6 +3,7 @@
 import copyreg
 import io
 import json
+import logging
 import os
 import pickle
 import struct
@@ -11,17 +12,19 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import AutoencoderKL, UNet2DModel
 from edm_files import SOURCE, module, original_modules, random_weights, write_pickle
+from families import tiny_pipeline
 from safetensors.torch import load_file
 from test_edm import GOLDEN, NETWORKS, error
 
 from diffusers_onestep import EDM2UNet2DModel, EDMSchedule, EDMUNet2DModel, OneStepPipeline, Teacher, convert
 from diffusers_onestep.cli import main
 from diffusers_onestep.conversion.adm import adm_to_stock, stock_settings
+from diffusers_onestep.conversion.dmd2 import told_timesteps
 from diffusers_onestep.conversion.guided_diffusion import guided_levels, guided_to_edm
-from diffusers_onestep.conversion.kinds import EDM_WRAPPERS, licence_of
-from diffusers_onestep.conversion.pickles import UnsafeCheckpointError, read_checkpoint
+from diffusers_onestep.conversion.kinds import EDM_WRAPPERS, kind_of, licence_of
+from diffusers_onestep.conversion.pickles import StoredModule, UnsafeCheckpointError, read_checkpoint
 from diffusers_onestep.network_calls import network_output
 
 DDPMPP = {"img_resolution": 8, "img_channels": 3, "label_dim": 4, "model_channels": 16, "channel_mult": [1, 2]}
@@ -224,6 +227,33 @@ def test_edm2_in_half_precision(tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("channels, labels", [(4, 4), (4, 0), (3, 4)])
+def test_the_code_of_a_card_makes_images(channels, labels, tmp_path, monkeypatch):
+    """Of a student in EDM2's latents it decodes them; here with a small autoencoder on this machine."""
+    config = {"in_channels": channels, "out_channels": channels, "num_class_embeds": labels or None}
+    net = EDM2UNet2DModel(**SONG | config | {"attention_head_dim": 16}).eval()
+    options = {"img_resolution": 8, "img_channels": channels, "label_dim": labels, "model_channels": 16}
+    options |= {"channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4], "channels_per_head": 16}
+    weights = random_weights(net, "unet")
+    convert(write_pickle(tmp_path / "a.pkl", "EDM_2_Precond_Generator", options, weights), tmp_path / "out")
+    code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4).eval()
+    monkeypatch.setattr(AutoencoderKL, "from_pretrained", {"stabilityai/sd-vae-ft-mse": vae}.__getitem__)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    if channels == 3:
+        assert [image.size for image in names["images"]] == [(8, 8)] * 2
+        return
+    assert ("class_labels" in code) == bool(labels)
+    deviation, mean = torch.tensor([4.17, 4.62, 3.71, 3.28]), torch.tensor([5.81, 3.25, 0.12, -2.15])
+    raw = (names["latents"].movedim(1, -1) / 0.5 * deviation + mean).movedim(-1, 1)
+    torch.testing.assert_close(names["images"], vae.decode(raw).sample.clamp(0, 1), rtol=1e-4, atol=1e-5)
+    assert names["images"].shape == (2, 3, 16, 16) and names["images"].std() > 1e-3
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(
     "flags", [{"use_new_attention_order": True, "noise_schedule": "cosine"}, {"num_heads": 4}, {}]
 )
@@ -342,7 +372,6 @@ def test_stock_names_are_complete():
 )
 def test_text_student(name, steps, tmp_path):
     from diffusers import (
-        AutoencoderKL,
         DDIMScheduler,
         DiffusionPipeline,
         StableDiffusionPipeline,
@@ -378,7 +407,7 @@ def test_text_student(name, steps, tmp_path):
         vae=vae,
         unet=unet,
         text_encoder=text,
-        tokenizer=CLIPTokenizer(vocab=vocabulary, merges=[]),
+        tokenizer=CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77),
         scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
@@ -398,6 +427,20 @@ def test_text_student(name, steps, tmp_path):
     loaded.scheduler.set_timesteps(len(steps))
     assert loaded.scheduler.timesteps.tolist() == steps
     assert loaded.scheduler.init_noise_sigma == 1.0
+    # x0 = (x_t - sigma * eps) / alpha, and fresh noise of the next timestep
+    network = unet.eval().requires_grad_(False)
+    network.load_state_dict({k: v.half().float() for k, v in state.items()})
+    pipe, generator = OneStepPipeline.from_pretrained(tmp_path / "out"), torch.Generator().manual_seed(0)
+    x_t, products = torch.randn(1, 4, 8, 8), base.scheduler.alphas_cumprod
+    images = pipe("a", latents=x_t, generator=torch.Generator().manual_seed(0), output_type="latent").images
+    embeddings, _ = base.encode_prompt("a", "cpu", 1, False)
+    for t, following in zip(steps, [*steps[1:], None], strict=True):
+        eps = network(x_t, t, embeddings).sample
+        x0 = (x_t - (1 - products[t]).sqrt() * eps) / products[t].sqrt()
+        if following is not None:
+            noise = torch.randn(x0.shape, generator=generator)
+            x_t = products[following].sqrt() * x0 + (1 - products[following]).sqrt() * noise
+    assert error(images, x0) < 1e-4 and error(images, x_t) > 0.1
 
 
 @pytest.mark.skipif(not NETWORKS, reason="no golden values here")
@@ -670,6 +713,77 @@ def test_what_cannot_be_told_is_asked_for(song, tmp_path):
     torch.save({"fake_unet.model.a": torch.zeros(1)}, tmp_path / "critic.bin")
     with pytest.raises(ValueError, match="critic of a DMD2 run"):
         convert(tmp_path / "critic.bin", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "place, student",
+    [
+        ("alpha/network.pkl", False),
+        ("alpha1.2/run/network.pkl", False),
+        ("residual/network.pkl", False),
+        ("run/residual.pkl", False),
+        ("cifar10-cond/alpha1.2/network-snapshot-1.2-403968.pkl", True),
+        ("run/cifar10_sida_alpha1-10240.pkl", True),
+        ("run/my-sid.pkl", True),
+        ("run/cifar10_sid2a.pkl", True),
+    ],
+)
+def test_students_of_sid_are_told_by_the_end_of_their_path(place, student, tmp_path):
+    content = {"ema": StoredModule("EDMPrecond")}
+    if student:
+        assert kind_of(content, tmp_path / place) == "sid"
+    else:
+        with pytest.raises(ValueError, match="`kind` must be given"):
+            kind_of(content, tmp_path / place)
+
+
+@pytest.mark.parametrize(
+    "place, steps",
+    [
+        ("4step/dmd2_sdxl_1step_unet.bin", [399]),
+        ("1step/dmd2_sdxl_4step_unet_fp16.bin", [999, 749, 499, 249]),
+        ("dmd2_4step/unet.bin", [999, 749, 499, 249]),
+        ("sdv1.5/laion_fid8.35_checkpoint_model_041000/pytorch_model.bin", [999]),
+        ("4step/run/unet.bin", None),
+        ("dmd2_14step/unet.bin", None),
+    ],
+)
+def test_timesteps_are_told_by_the_end_of_a_path(place, steps, tmp_path):
+    if steps is not None:
+        assert told_timesteps(tmp_path / place) == steps
+    else:
+        with pytest.raises(ValueError, match="`student_timesteps` must be given"):
+            told_timesteps(tmp_path / place)
+
+
+@pytest.mark.parametrize("version, said", [(6, None), (7, "7"), ("6", "None"), (10**9, "None")])
+def test_pickles_of_another_version_are_read_with_a_warning(version, said, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    monkeypatch.setattr("edm_files.VERSION", version)  # of the file that is written
+    _, weights = network(SONG)
+    convert(write_pickle(tmp_path / "edm-a.pkl", "EDMPrecond", DDPMPP | {"augment_dim": 0}, weights), tmp_path / "out")
+    warned = [r.message for r in caplog.records if "what is known is version 6" in r.message]
+    assert len(warned) == (said is not None) and all(f"is of version {said}," in text for text in warned)
+    assert (tmp_path / "out" / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize("text", [None, "{", "[1, 2]", b"\xff\xfe\x00"])
+def test_options_that_are_no_json_object(text, song, tmp_path, capsys):
+    file = tmp_path / "options.json"
+    if text is not None:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", str(song[1]), str(tmp_path / "out"), "--config", str(file)])
+    assert ended.value.code == 2 and "onestep: error: `config` must be a" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_must_have_a_unet(tmp_path):
+    tiny_pipeline("sd3").save_pretrained(tmp_path / "base")
+    torch.save({"conv_in.weight": torch.zeros(1)}, tmp_path / "dmd2_sdxl_1step_unet.bin")
+    with pytest.raises(ValueError, match=r"`base` must be a text-to-image pipeline with a U-Net, but .* is a Stable"):
+        convert(tmp_path / "dmd2_sdxl_1step_unet.bin", tmp_path / "out", base=tmp_path / "base")
+    assert not (tmp_path / "out").exists()
 
 
 def test_legacy_files_of_torch(tmp_path):

@@ -4,11 +4,12 @@ import copy
 import inspect
 import json
 import math
+import runpy
 
 import diffusers
 import pytest
 import torch
-from conftest import tiny_unet
+from conftest import ROOT, tiny_unet
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.utils import DummyObject
 from families import tiny_pipeline
@@ -17,6 +18,7 @@ import diffusers_onestep
 from diffusers_onestep import fit_d_ode
 from diffusers_onestep.methods.dode import _fit_call, _Run, end_of, nested_teacher, solve, trajectory
 from diffusers_onestep.schedulers import DISTILLED_SCHEDULERS, solver_for
+from diffusers_onestep.schedulers import SOLVERS as NAMED
 from diffusers_onestep.schedulers.scheduling_d_ode import distilled_copy, first_order
 
 TRAILING = {"timestep_spacing": "trailing"}
@@ -617,7 +619,15 @@ NESTED = [
     ("DPMSolverMultistep", {"use_lu_lambdas": True}, (4, 5, 7, 8, 10, 20), "inclusive"),
     ("EulerDiscrete", {"use_karras_sigmas": True}, (4, 5, 7, 8, 10, 20), "inclusive"),
     ("HeunDiscrete", {"use_karras_sigmas": True}, (4, 5, 7, 8, 10, 20), "inclusive"),
+    ("EulerDiscrete", {"use_exponential_sigmas": True}, (4, 5, 7, 8, 10, 20), "inclusive"),
+    ("HeunDiscrete", {"use_exponential_sigmas": True}, (4, 5, 7, 8, 10, 20), "inclusive"),
+    ("DEISMultistep", {"use_karras_sigmas": True}, (4, 5, 7, 8, 10, 20), "inclusive"),
+    ("DEISMultistep", {"use_exponential_sigmas": True}, (4, 5, 7, 8, 10, 20), "inclusive"),
+    ("DPMSolverSinglestep", {"use_karras_sigmas": True}, (4, 5, 7, 8, 10, 20), "inclusive"),
+    ("DPMSolverSinglestep", {"use_exponential_sigmas": True}, (4, 5, 7, 8, 10, 20), "inclusive"),
     ("EDMEuler", {}, (4, 5, 7, 8, 10, 20), "inclusive"),
+    ("EDMEuler", {"sigma_schedule": "exponential"}, (4, 5, 7, 8, 10, 20), "inclusive"),
+    ("EDMDPMSolverMultistep", {}, (4, 5, 7, 8, 10, 20), "inclusive"),
     ("EDMDPMSolverMultistep", {"sigma_schedule": "exponential"}, (4, 5, 7, 8, 10, 20), "inclusive"),
 ]
 
@@ -645,14 +655,39 @@ def test_the_teachers_grid_contains_the_students(kind, settings, counts, form):
         ("PNDM", {"timestep_spacing": "leading", "skip_prk_steps": True}, 10),
         ("DPMSolverMultistep", {"timestep_spacing": "leading"}, 7),
         ("DEISMultistep", {"timestep_spacing": "leading"}, 7),
-        ("HeunDiscrete", TRAILING | {"use_karras_sigmas": True}, 5),
+        ("EulerDiscrete", {"timestep_spacing": "leading"}, 7),
     ],
 )
 def test_other_grids_are_refused_with_the_remedy(kind, settings, steps):
     scheduler = getattr(diffusers_onestep, f"Distilled{kind}Scheduler")(**settings)
-    with pytest.raises(ValueError, match=r"trailing"):
+    with pytest.raises(ValueError, match=r"with `timestep_spacing='trailing'`|`timestep_spacing` must be 'trailing'"):
         fit(scheduler, random_network, steps)
     assert scheduler.fitted_steps == []
+
+
+@pytest.mark.parametrize("kind", ["EulerDiscrete", "HeunDiscrete"])
+@pytest.mark.parametrize("spacing", ["trailing", "leading"])
+def test_curved_grids_that_do_not_nest_are_refused_with_the_remedy(kind, spacing):
+    cls = getattr(diffusers_onestep, f"Distilled{kind}Scheduler")
+    remedy = (
+        f"`timestep_spacing` {spacing!r}.* Build the scheduler with `timestep_spacing='linspace'`, whose grids nest"
+    )
+    with pytest.raises(ValueError, match=remedy + r"\.$"):
+        fit(cls(use_karras_sigmas=True, timestep_spacing=spacing), random_network, 5)
+    assert fit(cls(use_karras_sigmas=True, timestep_spacing="linspace"), predictor(MILD), 5).accepted
+
+
+@pytest.mark.parametrize("kind", ["exponential", "beta"])
+@pytest.mark.parametrize("solver", [name for name in NAMED if not name.startswith("edm-")])
+def test_teachers_with_another_curve_of_levels(solver, kind):
+    """Exponential and beta levels exclude the Karras levels of some of our solvers, which replace them."""
+    if kind == "beta":
+        pytest.importorskip("scipy")
+    scheduler = solver_for(solver, diffusers.EulerDiscreteScheduler(**{f"use_{kind}_sigmas": True}))
+    scheduler.set_timesteps(5)
+    scheduler.check_grid()
+    assert scheduler.setting("use_karras_sigmas") or solver not in ("euler", "heun")
+    nested_teacher(scheduler, 10, None)
 
 
 def test_a_teacher_on_another_grid_is_refused():
@@ -935,6 +970,39 @@ def test_the_script_writes_a_scheduler_that_keeps_earlier_tables(fitted_folder):
         pipe(class_labels=0, num_inference_steps=7)
 
 
+NOTES = {"teacher_model": "a", "revision": None, "variant": None, "guidance_scale": 2.0, "embedded_guidance": 3.5}
+NOTES |= {"sample_shape": [4, 8, 8], "prompts": "prompts.txt"}
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        (None, None),
+        ("teacher_model", "b"),
+        ("revision", "v2"),
+        ("variant", "fp16"),
+        ("guidance_scale", 3.0),
+        ("embedded_guidance", 7.0),
+        ("sample_shape", [4, 16, 16]),
+        ("prompts", "others.txt"),
+    ],
+)
+def test_tables_of_another_model_or_resolution_are_not_mixed(key, value, tmp_path):
+    from types import SimpleNamespace
+
+    take_up = runpy.run_path(str(ROOT / "training" / "fit_d_ode.py"))["take_up"]
+    fitted, args = build("ddim"), SimpleNamespace(output_dir=str(tmp_path))
+    fit(fitted, predict_for("ddim"), 5, notes=NOTES)
+    fitted.save_pretrained(tmp_path / "scheduler")
+    fresh = build("ddim")
+    if key is None:
+        take_up(fresh, NOTES, args)
+        assert fresh.fitted_steps == [5]
+        return
+    with pytest.raises(ValueError, match=rf"`output_dir` must be new or hold .*differs in \['{key}'\]"):
+        take_up(fresh, NOTES | {key: value}, args)
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -1041,10 +1109,36 @@ def test_solvers_are_named_for_the_kind_of_teacher():
         solver_for("edm-euler", DDPMScheduler())
 
 
+@pytest.mark.parametrize("algorithm", ["dpmsolver", "sde-dpmsolver++"])
+@pytest.mark.parametrize("solver", [name for name in NAMED if not name.startswith("edm-")])
+def test_the_algorithm_of_a_teachers_solver_is_not_that_of_ours(solver, algorithm):
+    teacher = DPMSolverMultistepScheduler(algorithm_type=algorithm, final_sigmas_type="sigma_min")
+    scheduler, fresh = solver_for(solver, teacher), solver_for(solver, DDPMScheduler())
+    assert scheduler.setting("algorithm_type") == fresh.setting("algorithm_type")
+    assert scheduler.dode_space == fresh.dode_space
+    report = fit(scheduler, predictor(MILD), 5)
+    assert report.table["space"] == fresh.dode_space and any(any(row) for row in report.lambdas)
+    assert algorithm not in report.table["solver"].values()
+    fit(build("ddim"), predictor(MILD), 5, teacher_scheduler=DDIMScheduler.from_config(teacher.config, **TRAILING))
+
+
+def test_the_algorithm_may_be_chosen():
+    settings = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
+    assert solver_for("dpmsolver++", DDPMScheduler(), **settings).dode_space == "epsilon"
+
+
+FLOW_TEACHERS = [
+    diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    # as SANA's
+    DPMSolverMultistepScheduler(use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"),
+]
+
+
+@pytest.mark.parametrize("flow", FLOW_TEACHERS, ids=lambda teacher: type(teacher).__name__)
 @pytest.mark.parametrize("solver", ["dpmsolver++", "dpmsolver-singlestep"])
-def test_flow_teachers(solver):
-    flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+def test_flow_teachers(solver, flow):
     scheduler = solver_for(solver, flow)
+    assert scheduler.config.flow_shift == 3.0
     variance = torch.linspace(0.05, 0.8, 64).double()
 
     def velocity(sample, t):
@@ -1055,6 +1149,16 @@ def test_flow_teachers(solver):
 
     report = fit(scheduler, velocity, 5)
     assert report.accepted and report.heldout_mse < 0.8 * report.heldout_mse_base
+
+
+@pytest.mark.parametrize("flow", FLOW_TEACHERS, ids=lambda teacher: type(teacher).__name__)
+@pytest.mark.parametrize("solver", ["ddim", "pndm", "ipndm", "deis", "euler", "heun", "edm-euler"])
+def test_flow_teachers_have_few_solvers(solver, flow):
+    allowed = r"\['dpmsolver\+\+', 'dpmsolver-singlestep'\]"
+    with pytest.raises(
+        ValueError, match=rf"`solver` must be one of {allowed} for a flow matching .*, but is '{solver}'"
+    ):
+        solver_for(solver, flow)
 
 
 def test_text_to_image_teachers_take_lists_of_prompts(stable_diffusion):

@@ -73,6 +73,7 @@ CONFIGS = {  # parameters and tensors of the published files
     "cifar10-cond-vp": ({"num_class_embeds": 10, "augment_dim": 9}, 55_735_299),
     "cifar10-cond-ve": ({"num_class_embeds": 10, "augment_dim": 9, "architecture": "ncsnpp"}, 56_400_643),
     "cifar10-uncond-vp": ({"augment_dim": 9}, 55_733_891),
+    "cifar10-uncond-ve": ({"augment_dim": 9, "architecture": "ncsnpp"}, 56_397_827),
     "ffhq-vp": ({"sample_size": 64, "channel_mult": (1, 2, 2, 2), "augment_dim": 9}, 61_805_571),
     "ffhq-ve": (
         {"sample_size": 64, "channel_mult": (1, 2, 2, 2), "augment_dim": 9, "architecture": "ncsnpp"},
@@ -137,6 +138,14 @@ ALL = [
     lambda: tiny("adm", model_channels=64, num_class_embeds=4),
     tiny_edm2,
 ]
+
+
+@pytest.mark.parametrize("make", ALL)
+@pytest.mark.parametrize("labels", [[1, 4], [-1, 2]])
+def test_labels_that_there_are_none_of_are_refused(make, labels):
+    message = rf"`class_labels` must be in 0\.\.3, but are {min(labels)} to {max(labels)}"
+    with pytest.raises(ValueError, match=message):
+        make()(torch.randn(2, 3, 8, 8), torch.zeros(2), torch.tensor(labels))
 
 
 @pytest.mark.parametrize("make", ALL)

@@ -198,8 +198,9 @@ def test_augmentation_moves_a_spot_where_its_labels_say():
 
 def test_distilled_solvers_and_the_reference(teacher_folder):
     teacher = Teacher.from_pretrained(teacher_folder)
-    noise = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    cond = {"class_labels": torch.tensor([0, 1, 2, 0])}
+    noise = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    held = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    cond = {"class_labels": torch.arange(16) % 3}
     assert isinstance(teacher.reference_scheduler, EDMHeunScheduler)
     samples = teacher.sample(noise, cond, num_inference_steps=18)
     fine = teacher.sample(noise, cond, num_inference_steps=40)
@@ -217,11 +218,11 @@ def test_distilled_solvers_and_the_reference(teacher_folder):
             noise,
             scale=4,
             cond=cond,
-            holdout=noise,
+            holdout=held,
             holdout_cond=cond,
             progress_bar=False,
         )
-        assert report.table["heldout_mse"] <= report.table["heldout_mse_base"] * 1.001 or not report.accepted
+        assert report.accepted and report.heldout_mse < 0.9 * report.heldout_mse_base
 
 
 def test_solvers_of_another_preconditioning_are_refused():

@@ -109,12 +109,16 @@ def test_heun_draws_the_noise_of_its_authors():
 
 def test_noise_levels_are_those_that_the_networks_know():
     """The authors sample on `max(0.002, sigma_min)` to `min(80, sigma_max)` of the network."""
-    least = {"edm": 0.002, "vp": 0.002, "ve": 0.02, "iddpm": iddpm_sigmas()[0].item()}
+    u = iddpm_sigmas()
+    least = {"edm": 0.002, "vp": 0.002, "ve": 0.02, "iddpm": u[0].item()}
+    known = {"edm": (1e-6, 1e6), "vp": (0.0010005, 152.167), "ve": (0.02, 100), "iddpm": (u[0].item(), u[-1].item())}
     for preconditioning, sigma_min in least.items():
         scheduler = EDMHeunScheduler(preconditioning=preconditioning)
         assert scheduler.sigmas[-2] == pytest.approx(sigma_min, rel=1e-12)
-        assert EDMSchedule(0.0, 1e6, preconditioning=preconditioning).sigma_max <= 1e6
-    assert EDMSchedule(0.002, 1000.0, preconditioning="ve").sigma_max == 100
+        schedule = EDMSchedule(1e-6, 1e6, preconditioning=preconditioning)
+        assert (schedule.sigma_min, schedule.sigma_max) == pytest.approx(known[preconditioning], rel=1e-5)
+        ends = schedule.alpha_sigma(torch.tensor([schedule.t_min, schedule.t_max]).double())[1].flatten()
+        assert ends.tolist() == pytest.approx(known[preconditioning], rel=1e-5)
     # the grid is of these levels, and rounded only then
     scheduler = EDMHeunScheduler(preconditioning="iddpm")
     low, high = least["iddpm"] ** (1 / 7), 80 ** (1 / 7)

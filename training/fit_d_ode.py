@@ -99,6 +99,7 @@ def main(args: FitArguments) -> None:
         "embedded_guidance": args.embedded_guidance if teacher.takes_prompts else None,
         "teacher_model": args.pretrained_teacher_model,
         "revision": args.revision,
+        "variant": args.variant,
         "prompts": args.prompts,
         "sample_shape": list(teacher.sample_shape),
         "mixed_precision": str(accelerator.mixed_precision),
@@ -154,8 +155,21 @@ def main(args: FitArguments) -> None:
         finish(teacher, scheduler, args, time.perf_counter() - started)
 
 
+# notes that the tables of one scheduler share
+_SAME_FOR_ALL = (
+    "teacher_model",
+    "revision",
+    "variant",
+    "guidance_scale",
+    "embedded_guidance",
+    "sample_shape",
+    "prompts",
+)
+
+
 def take_up(scheduler: DODESchedulerMixin, notes: dict, args: FitArguments) -> None:
-    """Keep the tables that are in the folder already, if they are of the same solver, teacher and guidance.
+    """Keep the tables that are in the folder already, if they are of the same solver, teacher, resolution, prompts and
+    guidance.
 
     Raises:
         ValueError: if they are not.
@@ -170,7 +184,8 @@ def take_up(scheduler: DODESchedulerMixin, notes: dict, args: FitArguments) -> N
         if key not in ("self", "dode_tables") and before.get(key) != json.loads(scheduler.to_json_string()).get(key)
     ]
     for steps, table in (before.get("dode_tables") or {}).items():
-        differing += [key for key in ("guidance_scale", "teacher_model") if table.get(key) != notes[key]]
+        # a table of an earlier release may lack one
+        differing += [key for key in _SAME_FOR_ALL if key in table and table[key] != notes[key]]
         if not differing:
             scheduler.add_table(int(steps), table)
     if differing:

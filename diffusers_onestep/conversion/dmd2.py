@@ -1,11 +1,12 @@
 """DMD2's students: EDM's network on ImageNet-64, and U-Nets of text-to-image pipelines."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from ..schedulers import student_scheduler
 from .edm import network_from_edm
@@ -26,6 +27,25 @@ def dmd2_imagenet_network(content: Any, config: dict[str, Any]) -> Converted:
     return network_from_edm("EDMPrecond", DMD2_IMAGENET | config, state)
 
 
+_TIMESTEPS = {"4step": [999, 749, 499, 249], "1step": [399], "sdv1.5": [999]}  # by a part of a published name
+
+
+def told_timesteps(file: Path) -> list[float]:
+    """A published student's timesteps, by the name of its file, else of its folder; of Stable Diffusion 1.5 the
+    folder `sdv1.5` holds a folder per run."""
+    file = file.absolute()
+    for name in (file.name, file.parent.name):
+        for part, steps in _TIMESTEPS.items():
+            if re.search(rf"(?<!\d){re.escape(part)}", name.casefold()):
+                return steps
+    if file.parent.parent.name.casefold() == "sdv1.5":
+        return _TIMESTEPS["sdv1.5"]
+    raise ValueError(
+        f"`student_timesteps` must be given for {str(file)!r}: neither its name nor its folder's has one of "
+        f"{sorted(_TIMESTEPS)}."
+    )
+
+
 def text_student(
     state: State, file: Path, base: str | os.PathLike | None, student_timesteps: list[float] | None
 ) -> DiffusionPipeline:
@@ -36,15 +56,14 @@ def text_student(
             "id), but is None."
         )
     if student_timesteps is None:
-        name = str(file.absolute()).casefold()
-        known = {"4step": [999, 749, 499, 249], "1step": [399], "sdv1.5": [999]}
-        student_timesteps = next((steps for part, steps in known.items() if part in name), None)
-        if student_timesteps is None:
-            raise ValueError(
-                f"`student_timesteps` must be given for {str(file)!r}: its name has none of {sorted(known)}."
-            )
+        student_timesteps = told_timesteps(file)
     state = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
     pipeline = DiffusionPipeline.from_pretrained(base, use_safetensors=True, dtype=torch.float32)
+    if not isinstance(getattr(pipeline, "unet", None), UNet2DConditionModel):
+        raise ValueError(
+            f"`base` must be a text-to-image pipeline with a U-Net, but {str(base)!r} is a {type(pipeline).__name__} "
+            f"of {sorted(pipeline.components)}."
+        )
     check_state(state, pipeline.unet.state_dict())
     pipeline.unet.load_state_dict({k: v.float() for k, v in state.items()})
     scheduler = student_scheduler(pipeline.scheduler, "epsilon", student_timesteps, 1.0)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler, UNet2DModel
+from diffusers.utils import logging
 
 from ..models import EDM2UNet2DModel
 from ..models.unet_edm import ARCHITECTURES
@@ -16,11 +17,21 @@ from .networks import Converted, State, load_network
 from .options import checked_options
 from .pickles import StoredModule
 
+logger = logging.get_logger(__name__)
+
+_VERSION = 6  # of the pickles' layout in all published files
 EDM2_LATENTS = (
     "The samples are latents of `stabilityai/sd-vae-ft-mse`, scaled channel by channel: `raw = (latent - bias) / "
     "scale` with `scale = 0.5 / [4.17, 4.62, 3.71, 3.28]` and `bias = -[5.81, 3.25, 0.12, -2.15] * scale`; "
     "`vae.decode(raw)`, without diffusers' scaling factor, gives images in [0, 1]."
 )
+
+# the same as code
+DECODE_EDM2_LATENTS = """vae = AutoencoderKL.from_pretrained("stabilityai/sd-vae-ft-mse")
+scale = 0.5 / torch.tensor([4.17, 4.62, 3.71, 3.28]).reshape(4, 1, 1)
+bias = -torch.tensor([5.81, 3.25, 0.12, -2.15]).reshape(4, 1, 1) * scale
+with torch.no_grad():
+    images = vae.decode((latents - bias) / scale).sample.clamp(0, 1)"""
 
 STOCK_IN_FLOAT64 = (
     "`UNet2DModel` embeds the timestep in float32, also where the network runs in float64: in float32 it agrees with "
@@ -34,6 +45,11 @@ def edm_network(content: Any, config: dict[str, Any]) -> Converted:
     module = content.get("ema") if isinstance(content, dict) else None
     if not isinstance(module, StoredModule):
         raise ValueError("`file` must be a pickle with a network `ema`, but has none.")
+    if module.version != _VERSION:
+        logger.warning(
+            f"The file's {module.class_name!r} is of version {module.version}, but what is known is version {_VERSION}"
+            " of EDM's pickles: compare a few samples with the original's."
+        )
     state = module.state_dict()
     options = module.options() | config
     if "model_type" not in options:

@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 
 from ..pipelines import OneStepPipeline
 from ..schedulers import EDMHeunScheduler, student_scheduler
+from .edm import DECODE_EDM2_LATENTS, EDM2_LATENTS
 from .kinds import licence_of
 from .networks import Converted
 
@@ -37,11 +38,17 @@ def card(pipeline: DiffusionPipeline, kind: str, file: str, name: str, notes: li
     """README.md of a converted folder."""
     licence, sentence = licence_of(kind, file)
     student = kind in ("sid", "dmd2")
+    imports = "import torch"
     labelled = bool(getattr(pipeline, "num_labels", None))
     if student:
         asked = "class_labels=[0, 1]" if labelled else "batch_size=2"
         asked = asked if isinstance(pipeline, OneStepPipeline) else 'prompt="a photo of a cat"'
-        use = f'pipe = OneStepPipeline.from_pretrained("{name}")\nimages = pipe({asked}).images'
+        use = f'pipe = OneStepPipeline.from_pretrained("{name}")\n'
+        if EDM2_LATENTS in notes:
+            imports += "\nfrom diffusers import AutoencoderKL"
+            use += f'latents = pipe({asked}, output_type="latent").images\n{DECODE_EDM2_LATENTS}'
+        else:
+            use += f"images = pipe({asked}).images"
     else:
         asked = "teacher.encode([0] * 8), " if labelled else ""
         use = f'teacher = Teacher.from_pretrained("{name}")\nnoise = torch.randn(8, *teacher.sample_shape)\n'
@@ -60,7 +67,7 @@ tags: [diffusers-onestep, {kind}, {"one-step" if student else "teacher"}]
 Converted from `{file}` by `onestep convert` ({kind}). {sentence} A converted model keeps the licence of its weights.
 
 ```python
-import torch
+{imports}
 from diffusers_onestep import {classes}
 
 {use}

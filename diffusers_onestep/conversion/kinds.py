@@ -1,5 +1,6 @@
 """What a published file is: told by what it holds."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,9 @@ def kind_of(content: Any, file: Path) -> str:
         if name in EDM_WRAPPERS:
             if len(content) > 1 or name != "EDMPrecond" or file.name.startswith(("edm-", "baseline-")):
                 return "edm"
-            if "alpha" in str(file.absolute()) or "sid" in file.name.casefold():
+            # SiD's files lie in a folder `alpha1.2`, or have its method in their names
+            places = "/".join(file.absolute().parts[-2:])
+            if re.search(r"alpha\d", places) or re.search(r"(?<![a-z])sid(?![b-z])", file.name.casefold()):
                 return "sid"
             raise ValueError(
                 f"`kind` must be given for {str(file)!r}, a lone EDMPrecond: 'edm' for a teacher, 'sid' for a "

@@ -39,10 +39,12 @@ class StoredModule:
     Attributes:
         class_name (`str`): as the file has it.
         state (`dict`): the object's attributes, `_parameters`, `_buffers` and `_modules` among them.
+        version (`int`, *optional*): of the layout of EDM's pickles; None if it is no plausible number.
     """
 
     class_name: str = ""
     state: dict[str, Any] = field(default_factory=dict)
+    version: int | None = None
 
     def __setstate__(self, state: Any) -> None:
         self.state = state if isinstance(state, dict) else {}
@@ -108,8 +110,10 @@ def _persistent_object(meta: Any) -> StoredModule:
     name = meta.get("class_name") if isinstance(meta, dict) and meta.get("type") == "class" else None
     if not isinstance(name, str) or len(name) > _MAX_NAME:
         raise UnsafeCheckpointError("it holds a persistent object that is no class instance")
+    version = meta.get("version")
+    version = version if isinstance(version, int) and 0 <= version < 1000 else None
     # a reference: the state may be complete only later
-    return StoredModule(name, meta["state"] if isinstance(meta.get("state"), dict) else {})
+    return StoredModule(name, meta["state"] if isinstance(meta.get("state"), dict) else {}, version)
 
 
 def _rebuild_tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None) -> torch.Tensor:

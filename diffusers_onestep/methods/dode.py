@@ -239,18 +239,20 @@ def nested_teacher(
             f"`teacher_scheduler` must have the student's prediction type {student.config.get('prediction_type')!r}, "
             f"but has {fine.config.get('prediction_type')!r}."
         )
-    if str(fine.config.get("algorithm_type", "")).startswith("sde") and not own:
-        raise ValueError(f"`teacher_scheduler` must be deterministic, but is {fine.config.algorithm_type!r}.")
+    if str(algorithm := fine.setting("algorithm_type")).startswith("sde") and not own:
+        raise ValueError(f"`teacher_scheduler` must be deterministic, but is {algorithm!r}.")
     if places := _places(student, fine, steps, scale, device, own):
         return (_on_grid_of(fine) if own else fine), places
     others = [c for c in range(2, min(20, trained // steps) + 1) if _places(student, fine, steps, c, device, own)]
     if others:
         raise ValueError(f"`scale` must be one of {others} for {steps} steps on this grid, but is {scale}.")
-    grid = f"{type(student).__name__} (`timestep_spacing` {student.config.get('timestep_spacing')!r})"
+    grid = f"{type(student).__name__} (`timestep_spacing` {student.setting('timestep_spacing')!r})"
+    # the least level of a curved grid depends on the number of steps but on 'linspace'
+    curved = any(student.setting(f"use_{kind}_sigmas") for kind in ("karras", "exponential", "beta"))
     raise ValueError(
         f"`num_inference_steps` {steps} on this grid of {grid} is not contained in that of "
-        f"{type(fine)._stock_class.__name__} with more steps. Build the scheduler with `timestep_spacing='trailing'`, "
-        "whose grids nest, or with Karras sigmas."
+        f"{type(fine)._stock_class.__name__} with more steps. Build the scheduler with "
+        f"`timestep_spacing={'linspace' if curved else 'trailing'!r}`, whose grids nest."
     )
 
 

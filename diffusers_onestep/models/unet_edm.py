@@ -156,7 +156,15 @@ def label_vectors(class_labels: torch.Tensor | None, classes: int, like: torch.T
     if class_labels is None:
         return like.new_zeros(like.shape[0], classes)
     if class_labels.ndim == 1:
-        return F.one_hot(class_labels.long(), classes).to(like.dtype)
+        try:
+            return F.one_hot(class_labels.long(), classes).to(like.dtype)
+        except (
+            RuntimeError
+        ) as error:  # torch looks at labels on the CPU; looking at others would wait for their device
+            if "Class values" not in str(error):
+                raise
+            least, largest = (value.item() for value in class_labels.aminmax())
+            raise ValueError(f"`class_labels` must be in 0..{classes - 1}, but are {least} to {largest}.") from error
     if tuple(class_labels.shape) != (like.shape[0], classes):
         raise ValueError(
             f"`class_labels` must have shape ({like.shape[0]},) or ({like.shape[0]}, {classes}), but have "

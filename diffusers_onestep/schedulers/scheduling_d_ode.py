@@ -24,6 +24,8 @@ from diffusers import (
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from diffusers.utils import logging
 
+from ..schedules import EDMSchedule, FlowSchedule, NoiseSchedule
+
 logger = logging.get_logger(__name__)
 
 Level = tuple[float, float]  # alpha and sigma of a node, in the coordinates of the scheduler's samples
@@ -171,10 +173,15 @@ class DODESchedulerMixin:
         """The numbers of steps that there are tables for."""
         return sorted(int(steps) for steps in self.config.get("dode_tables") or {})
 
+    def setting(self, key: str) -> Any:
+        """The value of a config key that this class's constructor knows; None of one that only lies in the config, as
+        those of another class do after `from_config`."""
+        return self.config.get(key) if key in inspect.signature(type(self).__init__).parameters else None
+
     @property
     def own_space(self) -> str:
         """The space that the base solver works in."""
-        return "epsilon" if self.config.get("algorithm_type") == "dpmsolver" else self._space
+        return "epsilon" if self.setting("algorithm_type") == "dpmsolver" else self._space
 
     @property
     def dode_space(self) -> str:
@@ -254,10 +261,9 @@ class DODESchedulerMixin:
 
     def check_grid(self) -> None:
         """Raise a `ValueError` if this solver's own steps do not meet its timesteps, or if it cannot be distilled."""
-        if str(self.config.get("algorithm_type", "")).startswith("sde"):
-            raise ValueError(
-                f"`algorithm_type` must be deterministic to be distilled, but is {self.config.algorithm_type!r}."
-            )
+        algorithm = self.setting("algorithm_type")
+        if str(algorithm).startswith("sde"):
+            raise ValueError(f"`algorithm_type` must be deterministic to be distilled, but is {algorithm!r}.")
         if self.dode_space == "epsilon" and self.nodes[0][0] == 0:
             raise ValueError(
                 "`dode_space` must be 'sample' where the first timestep holds no signal (`rescale_betas_zero_snr`), "
@@ -649,15 +655,19 @@ def distilled_copy(scheduler: SchedulerMixin) -> DODESchedulerMixin:
 
 
 _TRAILING = {"timestep_spacing": "trailing"}
-_KARRAS = {"use_karras_sigmas": True, "timestep_spacing": "linspace"}
+_KARRAS = {"use_karras_sigmas": True, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+_KARRAS |= {"timestep_spacing": "linspace"}
 # name: class and settings, on grids that nest
 SOLVERS: dict[str, tuple[type[DODESchedulerMixin], dict[str, Any]]] = {
     "ddim": (DistilledDDIMScheduler, _TRAILING),
     "pndm": (DistilledPNDMScheduler, _TRAILING | {"skip_prk_steps": True}),
     "ipndm": (DistilledPNDMScheduler, _TRAILING | {"skip_prk_steps": True, "pndm_type": "ipndm"}),
-    "dpmsolver++": (DistilledDPMSolverMultistepScheduler, _TRAILING),
-    "dpmsolver-singlestep": (DistilledDPMSolverSinglestepScheduler, {"lower_order_final": True}),
-    "deis": (DistilledDEISMultistepScheduler, _TRAILING),
+    "dpmsolver++": (DistilledDPMSolverMultistepScheduler, _TRAILING | {"algorithm_type": "dpmsolver++"}),
+    "dpmsolver-singlestep": (
+        DistilledDPMSolverSinglestepScheduler,
+        {"lower_order_final": True, "algorithm_type": "dpmsolver++"},
+    ),
+    "deis": (DistilledDEISMultistepScheduler, _TRAILING | {"algorithm_type": "deis"}),
     "euler": (DistilledEulerDiscreteScheduler, _KARRAS),
     "edm-euler": (DistilledEDMEulerScheduler, {}),
     "edm-dpmsolver++": (DistilledEDMDPMSolverMultistepScheduler, {}),
@@ -677,15 +687,18 @@ def solver_for(name: str, teacher_scheduler: SchedulerMixin, **settings: Any) ->
         ValueError: if there is no such solver, or none for this kind of teacher.
     """
     config = teacher_scheduler.config
-    edm, flow = "sigma_data" in config, type(teacher_scheduler).__name__.startswith("FlowMatch")
+    schedule = NoiseSchedule.from_scheduler(teacher_scheduler)
+    edm, flow = isinstance(schedule, EDMSchedule), isinstance(schedule, FlowSchedule)
     fits = [n for n in SOLVERS if n.startswith("edm-") == edm and not (flow and SOLVERS[n][0] not in _FLOW)]
     if name not in fits:
-        raise ValueError(f"`solver` must be one of {fits} for a {type(teacher_scheduler).__name__}, but is {name!r}.")
+        kind = f"{'flow matching ' if flow else ''}{type(teacher_scheduler).__name__}"
+        raise ValueError(f"`solver` must be one of {fits} for a {kind}, but is {name!r}.")
     if config.get("preconditioning", "edm") != "edm":
         raise ValueError(f"`preconditioning` must be 'edm' for these solvers, but is {config.preconditioning!r}.")
     solver, defaults = SOLVERS[name]
     if flow:
-        defaults = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": config.shift}
+        defaults = {"use_flow_sigmas": True, "flow_shift": schedule.shift}
+        defaults["prediction_type"] = config.get("prediction_type", "flow_prediction")
         config = {"num_train_timesteps": config.num_train_timesteps}
     return solver.from_config(config, **(defaults | settings | {"dode_tables": None}))
 
