@@ -16,6 +16,7 @@ from huggingface_hub import CommitInfo, EvalResult, HfApi, ModelCard, ModelCardD
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from .conditions import label_embeddings
 from .evaluation import markdown_table
 from .files import read_json, write_text
 from .lora import LORA_WEIGHTS
@@ -125,12 +126,13 @@ def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str
     kind = "solver" if tables else "student" if steps else "model"
     parts = {part: entry for part, entry in index.items() if isinstance(entry, list) and entry[0]}
     names = index.get("id2label") or network.get("id2label") or run.get("id2label") or {}
-    count = len(names) or network.get("num_class_embeds") or run.get("num_labels")
+    count = len(names) or label_embeddings(network) or run.get("num_labels")
     rows = metrics.results or []
     notes, notice = folder / "notes.md", folder / "NOTICE"
     own = [row for row in rows if row.model == _own_name(rows, kind)]
     teacher = run.get("teacher")
     prompts = "text_encoder" in index or bool(settings.get("prompts"))
+    ours_alone = index.get("_class_name") == "OneStepPipeline"  # diffusers' loader finds no such class
     return {
         "source": _arguments(name, revision),
         "stock_source": _arguments(name, revision, stock=True),
@@ -141,8 +143,8 @@ def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str
         "tables": tables,
         "scheduler_class": scheduler["_class_name"],
         "whole": bool(parts),
-        "stock": index.get("_class_name") != "OneStepPipeline"
-        and {entry[0] for entry in parts.values()} <= {"diffusers", "transformers"},
+        "ours_alone": ours_alone,
+        "stock": not ours_alone and {entry[0] for entry in parts.values()} <= {"diffusers", "transformers"},
         "labels": json.dumps([next(iter(names.values()), 0)]) if count else None,
         "prompts": prompts,
         # diffusers loads float16 files as float32, transformers as float16

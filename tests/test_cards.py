@@ -14,6 +14,7 @@ from conftest import ROOT, tiny_unet
 from diffusers import ConsistencyModelPipeline, DDPMScheduler
 from huggingface_hub import ModelCard
 from test_arguments import script
+from test_dkdm import DIT
 
 from diffusers_onestep import DMD, GuidedDenoiser, OneStepPipeline, Teacher, create_model_card, train
 from diffusers_onestep.arguments import TrainArguments, parse_args
@@ -96,6 +97,19 @@ def test_every_script_leaves_a_card(name, method, flags, licensed, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     for code in python_blocks(card.text):
         exec(code, {})
+
+
+def test_a_transformer_that_no_pipeline_of_diffusers_samples_has_a_card_that_says_so(licensed, tmp_path, monkeypatch):
+    (tmp_path / "dit.json").write_text(json.dumps(DIT))
+    module = script("train_dkdm")
+    flags = ["--pretrained_teacher_model", str(licensed), "--output_dir", str(tmp_path / "out"), "--num_steps", "4"]
+    flags += ["--student_config", str(tmp_path / "dit.json"), "--max_train_steps", "1", "--train_batch_size", "2"]
+    module.main(parse_args(module.DKDMArguments, [*flags, "--validation_inference_steps", "2"]))
+    card = (tmp_path / "out" / "README.md").read_text()
+    (code,) = python_blocks(card)
+    assert "`OneStepPipeline.from_pretrained` alone loads it" in card and "class_labels=[0]" in code
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
 
 
 def test_teachers_have_cards_too(tmp_path, monkeypatch):
