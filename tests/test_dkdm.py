@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from analytic import GaussianNetwork, gaussian_denoiser
 from conftest import tiny_unet
 from diffusers import ConsistencyModelPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
+from test_arguments import script as module_of
 from test_trainer import run, script
 from torch import nn
 
@@ -23,7 +25,7 @@ from diffusers_onestep import (
     VPSchedule,
     train,
 )
-from diffusers_onestep.arguments import TrainArguments
+from diffusers_onestep.arguments import TrainArguments, parse_args
 from diffusers_onestep.methods.dkdm import Chain, Reservoir, dkdm_loss, gaussian_kl
 from diffusers_onestep.models import network_from_config, shrunk
 
@@ -554,8 +556,6 @@ def test_the_script_leaves_an_ordinary_pipeline(compressed):
 
 
 def test_a_resumed_run_ends_with_the_same_weights_and_reservoir(compressed, tmp_path):
-    import shutil
-
     output, command = compressed
     shutil.copytree(output, tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-000006")
@@ -563,6 +563,28 @@ def test_a_resumed_run_ends_with_the_same_weights_and_reservoir(compressed, tmp_
     run([*flags, "--resume_from_checkpoint", "latest"])
     for name in ("unet/diffusion_pytorch_model.safetensors", "checkpoints/step-000006/reservoir-00000.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (output / name).read_bytes()
+
+
+def begin(**flags):
+    """The script in this process, with a few small steps."""
+    flags = {"shrink": 0.5, "num_steps": 10, "train_batch_size": 4, "max_train_steps": 1} | flags
+    module = module_of("train_dkdm")
+    module.main(parse_args(module.DKDMArguments, [str(part) for k, v in flags.items() for part in (f"--{k}", v)]))
+
+
+def test_what_stops_a_run_does_so_before_hours_of_preparation(compressed, teacher_folder, tmp_path):
+    shutil.copytree(compressed[0], tmp_path / "again")
+    prepared = tmp_path / "again" / "reservoir" / "reservoir-00000.safetensors"
+    before = prepared.read_bytes()
+    with pytest.raises(ValueError, match="`output_dir` must hold no checkpoints of another run"):
+        begin(pretrained_teacher_model=teacher_folder, output_dir=tmp_path / "again", seed=1)
+    assert prepared.read_bytes() == before
+    wrong = {"validation_samples": 4, "validation_extractor": "retina"}
+    with pytest.raises(ValueError, match="`extractor` must be one of"):
+        begin(pretrained_teacher_model=teacher_folder, output_dir=tmp_path / "new", **wrong)
+    with pytest.raises(ValueError, match="`resume_from_checkpoint` must be"):
+        begin(pretrained_teacher_model=teacher_folder, output_dir=tmp_path / "new", resume_from_checkpoint="nowhere")
+    assert not (tmp_path / "new" / "reservoir").exists()
 
 
 def test_a_compressed_student_runs_in_int8(compressed):

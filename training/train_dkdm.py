@@ -17,6 +17,7 @@ from diffusers_onestep.distillation import TeacherArguments, compression_hooks
 from diffusers_onestep.models import network_from_config, shrunk
 from diffusers_onestep.presets import DKDM_PRESETS
 from diffusers_onestep.prompts import PromptEmbeddings
+from diffusers_onestep.run_folder import checkpoint_to_go_on_from
 from diffusers_onestep.trainer import configure_networks
 
 
@@ -59,6 +60,8 @@ def main(args: DKDMArguments) -> None:
         )
     if args.dry_run:  # a reservoir is large, and takes hours to fill
         args.train_batch_size, args.global_batch_size, args.num_steps = 2, None, 4
+    else:
+        checkpoint_to_go_on_from(Path(args.output_dir), args.resume_from_checkpoint)  # an error now, not hours later
     if args.reservoir_dtype not in ("float32", "float16"):
         raise ValueError(f"`reservoir_dtype` must be 'float32' or 'float16', but is {args.reservoir_dtype!r}.")
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
@@ -88,8 +91,8 @@ def main(args: DKDMArguments) -> None:
         pin_memory=args.pin_memory,
         sample_shape=teacher.sample_shape,
     )
-    prepare(distiller, args, accelerator)
     save, validate = compression_hooks(distiller, args, args.validation_inference_steps, teacher, samples)
+    prepare(distiller, args, accelerator)
     train(distiller, Batches(Conditions(), args.train_batch_size, args.seed), args, save=save, validate=validate)
 
 
