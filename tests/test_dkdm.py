@@ -9,6 +9,7 @@ import torch
 from analytic import GaussianNetwork, gaussian_denoiser
 from conftest import tiny_unet
 from diffusers import ConsistencyModelPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
+from safetensors import safe_open
 from safetensors.torch import load_file
 from test_arguments import script as module_of
 from test_trainer import run, script
@@ -344,6 +345,38 @@ def test_i15_what_several_processes_saved_is_dealt_out_in_their_order(tmp_path):
             assert torch.equal(*held)
 
 
+def test_i15_a_process_reads_its_own_share_alone(tmp_path, monkeypatch):
+    distiller, read = toy(batch_size=10, reservoir_ratio=0.05), []
+    distiller.prepare(progress_bar=False)
+    distiller.save_state(tmp_path, 0)
+
+    class Opened:
+        def __init__(self, path, framework):
+            self.file = safe_open(path, framework)
+
+        def __enter__(self):
+            self.metadata = self.file.metadata
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def get_tensor(self, name):
+            read.append(len(self.file.get_tensor(name)))
+            return self.file.get_tensor(name)
+
+        def get_slice(self, name):
+            own = self.file.get_slice(name)
+            get = lambda self, places: (read.append(places.stop - places.start), own[places])[1]  # noqa: E731
+            return type("Slice", (), {"get_shape": lambda self: own.get_shape(), "__getitem__": get})()
+
+    monkeypatch.setattr("diffusers_onestep.methods.dkdm.safe_open", Opened)
+    share = toy(batch_size=10, reservoir_ratio=0.05)
+    share.load_state(tmp_path, 1, 4)
+    assert len(share.reservoir) == 25 and read == [25] * 4
+    assert torch.equal(share.reservoir.x, distiller.reservoir.x[25:50])
+
+
 def test_i16_conditions_stay_with_their_trajectory():
     reservoir, generator = Reservoir(30, (1, 1, 1), 4, cond={"class_labels": torch.arange(5)}), torch.Generator()
     everything = torch.arange(30)
@@ -585,6 +618,47 @@ def test_what_stops_a_run_does_so_before_hours_of_preparation(compressed, teache
     with pytest.raises(ValueError, match="`resume_from_checkpoint` must be"):
         begin(pretrained_teacher_model=teacher_folder, output_dir=tmp_path / "new", resume_from_checkpoint="nowhere")
     assert not (tmp_path / "new" / "reservoir").exists()
+
+
+@pytest.fixture
+def reservoir_alone(compressed, tmp_path):
+    """What is left of a run that was stopped before its first checkpoint."""
+    folder = tmp_path / "stopped" / "reservoir"
+    shutil.copytree(compressed[0] / "reservoir", folder)
+    return folder
+
+
+def test_a_reservoir_is_taken_by_the_run_that_it_was_made_for_alone(teacher_folder, reservoir_alone, monkeypatch):
+    flags = {"pretrained_teacher_model": teacher_folder, "output_dir": reservoir_alone.parent}
+    flags["resume_from_checkpoint"] = "latest"
+    (part,) = reservoir_alone.iterdir()
+    before, prepared = part.read_bytes(), []
+    monkeypatch.setattr(DKDM, "prepare", lambda self, **options: prepared.append(options))
+    with pytest.raises(ValueError, match="`scheme` 'dynamic' instead of 'synthetic': go on as it was begun"):
+        begin(**flags, scheme="synthetic")
+    with pytest.raises(ValueError, match="`seed` 0 instead of 1, `slots` 16 instead of 8"):
+        begin(**flags, seed=1, reservoir_ratio=0.2)
+    assert part.read_bytes() == before
+    begin(**flags)
+    assert not prepared and part.read_bytes() == before
+
+
+def test_parts_of_a_run_with_more_processes_do_not_stay(teacher_folder, reservoir_alone):
+    (part,) = reservoir_alone.iterdir()
+    shutil.copy(part, reservoir_alone / "reservoir-00001.safetensors")
+    begin(pretrained_teacher_model=teacher_folder, output_dir=reservoir_alone.parent)
+    assert [file.name for file in reservoir_alone.iterdir()] == ["reservoir-00000.safetensors"]
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_needs_no_other_reservoir(
+    compressed, teacher_folder, tmp_path, monkeypatch
+):
+    shutil.copytree(compressed[0], tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "reservoir")
+    monkeypatch.setattr(DKDM, "prepare", None)
+    flags = {"pretrained_teacher_model": teacher_folder, "output_dir": tmp_path / "again", "max_train_steps": 7}
+    begin(**flags, resume_from_checkpoint="latest")
+    assert (tmp_path / "again" / "checkpoints" / "step-000007").is_dir()
 
 
 def test_a_compressed_student_runs_in_int8(compressed):
