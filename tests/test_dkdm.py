@@ -73,13 +73,24 @@ def test_i1_identical_networks_have_no_loss():
     assert dkdm_loss(output, output, **terms | {"x_t": 3 * x_t}).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_i2_one_teacher_forward_per_sample_and_no_gradient():
-    distiller, seen = toy(reservoir_ratio=0.02), []
+def test_i2_one_teacher_forward_per_sample_no_gradient_and_no_data():
+    class Asked(dict):
+        """A batch that notes what is read of it: images and conditions of a data set would be."""
+
+        def __getitem__(self, key):
+            read.add(key)
+            return super().__getitem__(key)
+
+        def get(self, key, default=None):
+            read.add(key)
+            return super().get(key, default)
+
+    distiller, seen, read = toy(reservoir_ratio=0.02), [], set()
     distiller.prepare(progress_bar=False)
     distiller.teacher.network.register_forward_hook(lambda m, i, o: seen.append(len(o)))
-    ((name, loss),) = distiller.updates({"batch_size": 160}, torch.Generator().manual_seed(0))
+    ((name, loss),) = distiller.updates(Asked(batch_size=160, x0=None, cond={}), torch.Generator().manual_seed(0))
     loss.backward()
-    assert name == "student" and seen == [160]
+    assert name == "student" and seen == [160] and read <= {"batch_size", "shared_generator"}
     assert all(p.grad is None for p in distiller.teacher.parameters())
     assert all(p.grad is not None for p in distiller.student.parameters())
 
