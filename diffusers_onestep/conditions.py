@@ -43,5 +43,7 @@ def label_ids(labels: Labels, num_labels: int, id2label: dict[int, str] | None) 
 
 
 def label_embeddings(network: Any) -> int | None:
-    """How many labels a network embeds, a null label included where it is one of them; None if it takes none."""
-    return network.config.get("num_class_embeds", network.config.get("num_embeds_ada_norm"))
+    """How many labels a network (or one of this config) embeds, a null label included where it is one of them; None if
+    it takes none."""
+    config = getattr(network, "config", network)
+    return config.get("num_class_embeds", config.get("num_embeds_ada_norm"))

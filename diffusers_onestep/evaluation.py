@@ -137,6 +137,16 @@ def sample_shape(
     return sample_shape_of(network)
 
 
+def image_shape(
+    pipeline: Teacher | DiffusionPipeline, resolution: int | tuple[int, int] | None = None
+) -> tuple[int, int, int]:
+    """`(C, H, W)` of a model's images, those of a text-to-image pipeline at `resolution` pixels."""
+    if isinstance(pipeline, Teacher):
+        return (3, *pipeline.resolution) if pipeline.takes_prompts else tuple(pipeline.sample_shape)
+    family = family_of(pipeline)
+    return (3, *family.size(pipeline, resolution)) if family else sample_shape(pipeline, resolution)
+
+
 def network_of(pipeline: Teacher | DiffusionPipeline) -> torch.nn.Module:
     """The network whose evaluations are counted."""
     if isinstance(pipeline, Teacher):

@@ -8,6 +8,7 @@ puts its name into that of the number: `FD-fashion`, `KID-EffNetLite0@64`.
 import hashlib
 import io
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,11 +28,22 @@ class Extractor(nn.Module):
         label (`str`): of the network and its input size, as in the name of a number.
         batch_size (`int`): pictures at a time.
         channels (`int`): of the pictures; grey ones are repeated for a network of three.
+        input_shape (`tuple`, *optional*): `(C, H, W)` of the only pictures that it takes; by default of any size.
     """
 
     label: str
     batch_size = 50
     channels = 3
+    input_shape: tuple[int, int, int] | None = None
+
+    @property
+    def allowed(self) -> str:
+        """The shapes of pictures that it takes, in words."""
+        return ", ".join(map(str, self.input_shape or (f"1 or {self.channels}", "H", "W")))
+
+    def takes(self, shape: Sequence[int]) -> bool:
+        """Whether it takes pictures of a shape `(C, H, W)`."""
+        return tuple(shape) == self.input_shape if self.input_shape else shape[0] in (1, self.channels)
 
     @abstractmethod
     def embed(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -51,9 +63,9 @@ class Extractor(nn.Module):
     @torch.no_grad()
     def forward(self, pixels: torch.Tensor, batch_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Features `(N, D)` and logits `(N, K)`, or None without them, on the CPU, of uint8 `(N, C, H, W)`."""
-        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] not in (1, self.channels):
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or not self.takes(pixels.shape[1:]):
             raise ValueError(
-                f"`pixels` must be uint8 (N, 1, H, W) or (N, {self.channels}, H, W) for {self.label}, "
+                f"`pixels` must be uint8 (N, {self.allowed}) for {self.label}, "
                 f"but are {pixels.dtype} {tuple(pixels.shape)}."
             )
         device = next(self.parameters()).device
@@ -94,8 +106,6 @@ class FashionCNN(Extractor):
         return network.requires_grad_(False).eval()
 
     def embed(self, pixels):
-        if tuple(pixels.shape[1:]) != self.input_shape:
-            raise ValueError(f"`pixels` must be uint8 (N, 1, 32, 32) for fashion, but are {tuple(pixels.shape)}.")
         features = self.body(pixels.float() / 127.5 - 1).mean((2, 3))
         return features, self.fc(features)
 

@@ -16,6 +16,7 @@ from huggingface_hub import CommitInfo, EvalResult, HfApi, ModelCard, ModelCardD
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from .conditions import label_embeddings
 from .evaluation import markdown_table
 from .files import read_json, write_text
 from .lora import LORA_WEIGHTS
@@ -30,9 +31,10 @@ _NO_SAFETENSORS = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack"
 _RESTRICTIONS = {
     "openrail": "Its use-based restrictions (Attachment A of the licence) hold for this model and for all that its "
     "users make of it, and must be passed on with it.",
-    "-nc": "Commercial use of this model is not allowed.",
+    "-nc|non-?commercial": "Commercial use of this model is not allowed.",
     "-sa": "What is made of this model must be under the same licence.",
     "-nd": "The licence does not allow derivatives to be shared: ask the teacher's authors before you publish this.",
+    "^other": "It is none of the usual licences: read its terms before you use or share this model.",
 }
 
 
@@ -125,12 +127,13 @@ def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str
     kind = "solver" if tables else "student" if steps else "model"
     parts = {part: entry for part, entry in index.items() if isinstance(entry, list) and entry[0]}
     names = index.get("id2label") or network.get("id2label") or run.get("id2label") or {}
-    count = len(names) or network.get("num_class_embeds") or run.get("num_labels")
+    count = len(names) or label_embeddings(network) or run.get("num_labels")
     rows = metrics.results or []
     notes, notice = folder / "notes.md", folder / "NOTICE"
     own = [row for row in rows if row.model == _own_name(rows, kind)]
     teacher = run.get("teacher")
     prompts = "text_encoder" in index or bool(settings.get("prompts"))
+    ours_alone = index.get("_class_name") == "OneStepPipeline"  # diffusers' loader finds no such class
     return {
         "source": _arguments(name, revision),
         "stock_source": _arguments(name, revision, stock=True),
@@ -141,8 +144,8 @@ def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str
         "tables": tables,
         "scheduler_class": scheduler["_class_name"],
         "whole": bool(parts),
-        "stock": index.get("_class_name") != "OneStepPipeline"
-        and {entry[0] for entry in parts.values()} <= {"diffusers", "transformers"},
+        "ours_alone": ours_alone,
+        "stock": not ours_alone and {entry[0] for entry in parts.values()} <= {"diffusers", "transformers"},
         "labels": json.dumps([next(iter(names.values()), 0)]) if count else None,
         "prompts": prompts,
         # diffusers loads float16 files as float32, transformers as float16
@@ -157,9 +160,7 @@ def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str
         "bibtex": _bibtex(run["paper"]) if run.get("paper") else None,
         "license": {"license": "unknown"} | run.get("license", {}),
         "notice": notice.read_text(encoding="utf-8") if notice.is_file() else run.get("license", {}).get("notice"),
-        "restrictions": [
-            sentence for part, sentence in _RESTRICTIONS.items() if part in str(run.get("license", {}).get("license"))
-        ],
+        "restrictions": _restrictions(run.get("license", {})),
         "settings": settings,
         "settings_yaml": yaml.safe_dump({k: v for k, v in settings.items() if v is not None}, sort_keys=False).strip(),
         "metrics": metrics,
@@ -187,11 +188,21 @@ def _is_shipped(name: str) -> bool:
     return Path(resolve_model(name)).is_relative_to(ASSETS)
 
 
+def _restrictions(license: dict[str, Any]) -> list[str]:
+    """What users must know of a licence, by its identifier and its name."""
+    text = f"{license.get('license')} {license.get('license_name')}".casefold()
+    return [sentence for pattern, sentence in _RESTRICTIONS.items() if re.search(rf"(?:{pattern})\b", text)]
+
+
+def _is_teacher(row: _Row) -> bool:
+    return row.model.split(",")[0] == "teacher"  # also "teacher, guidance 2"
+
+
 def _own_name(rows: list[_Row], kind: str) -> str | None:
     """The name of the card's model in its metrics: the first that is not the teacher, which stands beside it; a model
     of as many steps as a teacher may have been measured as one."""
-    names = [row.model for row in rows if row.model != "teacher"]
-    return names[0] if names else "teacher" if kind == "model" else None
+    names = [row.model for row in rows if not _is_teacher(row)] or [row.model for row in rows if kind == "model"]
+    return names[0] if names else None
 
 
 def _not_measured(rows: list[_Row], own: list[_Row], kind: str, teacher: str | None) -> list[str]:
@@ -202,7 +213,7 @@ def _not_measured(rows: list[_Row], own: list[_Row], kind: str, teacher: str | N
         missing.append("FID (with Inception-v3 features)")
     # recall at 5 is of a retrieval
     missing += [w for w in ("precision", "recall") if own and not re.search(rf"\b{w}-(?!at-)", measured)]
-    if own and teacher and kind != "model" and not any(row.model == "teacher" for row in rows):
+    if own and teacher and kind != "model" and not any(map(_is_teacher, rows)):
         missing.append("the teacher in the same run")
     return [*missing, "people's preference", "copies of training images", "biases that it has from its teacher's data"]
 
@@ -230,7 +241,9 @@ def card_metadata(facts: dict[str, Any]) -> ModelCardData:
         EvalResult(
             task_type=task,
             dataset_type="fashion_mnist" if name.endswith("-fashion") else "custom",
-            dataset_name=row.reference or ("Fashion-MNIST (test)" if name.endswith("-fashion") else "see the card"),
+            dataset_name=_public_name(
+                row.reference or ("Fashion-MNIST (test)" if name.endswith("-fashion") else "see the card")
+            ),
             metric_type=name.lower(),
             metric_name=f"{name}, NFE {row.nfe}",
             metric_value=round(score.value, 4),
@@ -250,6 +263,13 @@ def card_metadata(facts: dict[str, Any]) -> ModelCardData:
         model_name=facts["title"] if results else None,
         eval_results=results or None,
     )
+
+
+def _public_name(reference: str) -> str:
+    """What numbers were measured against, without the folders of a local file or data set."""
+    path = Path(reference.split(", ")[0])  # a data set's split follows
+    local = "://" not in reference and (path.is_absolute() or path.suffix in (".npz", ".safetensors") or path.exists())
+    return Path(reference).name if local else reference
 
 
 def _is_repo_id(name: str) -> bool:
@@ -277,7 +297,7 @@ def student_files(folder: Path) -> list[str]:
     if index.is_file():
         parts = [part for part, entry in read_json(index).items() if isinstance(entry, list) and entry[0]]
     files = [file for file in (index, folder / "README.md", folder / "metrics.json") if file.is_file()]
-    files += [file for kind in ("*.png", "*.safetensors", "LICENSE*", "NOTICE*") for file in sorted(folder.glob(kind))]
+    files += [file for kind in ("*.png", LORA_WEIGHTS, "LICENSE*", "NOTICE*") for file in sorted(folder.glob(kind))]
     for part in parts:
         own = [file for file in sorted((folder / part).rglob("*")) if file.is_file() and not file.name.startswith(".")]
         if not own:

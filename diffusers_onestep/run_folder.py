@@ -30,6 +30,31 @@ def latest_checkpoint(output_dir: Path) -> Path | None:
     return next(reversed(checkpoints(output_dir)), None)
 
 
+def checkpoint_to_go_on_from(output_dir: Path, wanted: str | None) -> Path | None:
+    """The checkpoint that `resume_from_checkpoint` names; None where a run starts from the beginning.
+
+    Raises:
+        ValueError: if the checkpoint is none, or a new run would start in the folder of another one.
+    """
+    if not wanted:
+        if checkpoints(output_dir):
+            raise ValueError(
+                f"`output_dir` must hold no checkpoints of another run, but {str(output_dir)!r} does: give another "
+                "folder, or go on with --resume_from_checkpoint latest."
+            )
+        return None
+    path = latest_checkpoint(output_dir) if wanted == "latest" else Path(wanted)
+    own = checkpoints(output_dir)
+    if own and path.resolve().parent != own[0].resolve().parent:
+        raise ValueError(
+            f"`resume_from_checkpoint` must be one of the checkpoints that `output_dir` {str(output_dir)!r} holds "
+            f"already, but is {wanted!r}: give another folder."
+        )
+    if path is not None and not (path / "trainer_state.json").is_file():
+        raise ValueError(f"`resume_from_checkpoint` must be 'latest' or a complete checkpoint, but is {wanted!r}.")
+    return path
+
+
 def truncate_log(path: Path, step: int) -> None:
     """Drop what an interrupted run logged after `step`."""
     if path.exists():

@@ -44,6 +44,7 @@ from .methods.base import Batch, Distiller, sample_generators
 from .records import RUN_RECORD, run_record, without_secret_settings
 from .run_folder import (
     checkpoint_path,
+    checkpoint_to_go_on_from,
     checkpoints,
     latest_checkpoint,
     put_aside_old_numbers,
@@ -233,13 +234,10 @@ class Trainer:
             )
         if self.save_student is None:
             logger.warning("No student is saved but in checkpoints: `save` is None, and the teacher is no `Teacher`.")
-        if args.resume_from_checkpoint:
-            self.resume()
-        elif checkpoints(self.output_dir):
-            raise ValueError(
-                f"`output_dir` must hold no checkpoints of another run, but {str(self.output_dir)!r} does: give "
-                "another folder, or go on with --resume_from_checkpoint latest."
-            )
+        if checkpoint := checkpoint_to_go_on_from(self.output_dir, args.resume_from_checkpoint):
+            self.resume(checkpoint)
+        elif args.resume_from_checkpoint:
+            accelerator.print(f"No checkpoint in {self.output_dir}: starting from the beginning.")
         if accelerator.is_main_process:
             for later in checkpoints(self.output_dir):
                 if int(later.name[5:]) > self.step:
@@ -493,21 +491,8 @@ class Trainer:
             getattr(args, "license", None),
         ) | {"guidance_scale": getattr(self.distiller.teacher, "guidance_scale", 1.0)}
 
-    def resume(self) -> None:
-        """Load the checkpoint that `resume_from_checkpoint` names; "latest" without one starts afresh."""
-        wanted = self.args.resume_from_checkpoint
-        path = latest_checkpoint(self.output_dir) if wanted == "latest" else Path(wanted)
-        own = checkpoints(self.output_dir)
-        if own and path.resolve().parent != own[0].resolve().parent:
-            raise ValueError(
-                f"`resume_from_checkpoint` must be one of the checkpoints that `output_dir` {str(self.output_dir)!r} "
-                f"holds already, but is {wanted!r}: give another folder."
-            )
-        if path is None:
-            self.accelerator.print(f"No checkpoint in {self.output_dir}: starting from the beginning.")
-            return
-        if not (path / "trainer_state.json").is_file():
-            raise ValueError(f"`resume_from_checkpoint` must be 'latest' or a complete checkpoint, but is {wanted!r}.")
+    def resume(self, path: Path) -> None:
+        """Load a checkpoint."""
         if any((path / f"{name}.safetensors").is_file() for name in self.optimizers) != (self.sharding is not None):
             other = "without" if self.sharding else "with"
             raise ValueError(

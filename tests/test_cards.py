@@ -14,6 +14,7 @@ from conftest import ROOT, tiny_unet
 from diffusers import ConsistencyModelPipeline, DDPMScheduler
 from huggingface_hub import ModelCard
 from test_arguments import script
+from test_dkdm import DIT
 
 from diffusers_onestep import DMD, GuidedDenoiser, OneStepPipeline, Teacher, create_model_card, train
 from diffusers_onestep.arguments import TrainArguments, parse_args
@@ -98,6 +99,19 @@ def test_every_script_leaves_a_card(name, method, flags, licensed, tmp_path, mon
         exec(code, {})
 
 
+def test_a_transformer_that_no_pipeline_of_diffusers_samples_has_a_card_that_says_so(licensed, tmp_path, monkeypatch):
+    (tmp_path / "dit.json").write_text(json.dumps(DIT))
+    module = script("train_dkdm")
+    flags = ["--pretrained_teacher_model", str(licensed), "--output_dir", str(tmp_path / "out"), "--num_steps", "4"]
+    flags += ["--student_config", str(tmp_path / "dit.json"), "--max_train_steps", "1", "--train_batch_size", "2"]
+    module.main(parse_args(module.DKDMArguments, [*flags, "--validation_inference_steps", "2"]))
+    card = (tmp_path / "out" / "README.md").read_text()
+    (code,) = python_blocks(card)
+    assert "`OneStepPipeline.from_pretrained` alone loads it" in card and "class_labels=[0]" in code
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+
+
 def test_teachers_have_cards_too(tmp_path, monkeypatch):
     images = np.random.default_rng(0).integers(0, 256, (8, 16, 16), dtype=np.uint8)
     labels = np.arange(8) % 2
@@ -154,6 +168,55 @@ def test_metrics_become_model_index_results_and_only_the_students(folder):
     about["results"] = [row | {"resolution": [16, 24]} for row in rows]
     (folder / "metrics.json").write_text(json.dumps(about))
     assert "Measured on images of 16 x 24 pixels, on h" in create_model_card(folder).read_text()
+
+
+def test_a_teacher_that_was_measured_at_several_guidance_scales_is_the_teacher(folder):
+    row = {"metric": "FD-fashion", "num_samples": 10, "seed": 0, "value": 1.5, "nfe": 50, "images_per_second": 2.0}
+    rows = [row | {"model": f"teacher, guidance {g}"} for g in (1, 2)]
+    about = {"command": "c", "hardware": "h", "versions": {"torch": "2"}}
+    (folder / "metrics.json").write_text(json.dumps(about | {"results": [*rows, row | {"model": "s", "nfe": 1}]}))
+    card = ModelCard.load(create_model_card(folder))
+    (result,) = card.data.eval_results
+    assert result.metric_args["nfe"] == 1 and "the teacher in the same run" not in card.text
+    (folder / "metrics.json").write_text(json.dumps(about | {"results": rows}))
+    card = ModelCard.load(create_model_card(folder))
+    assert not card.data.eval_results and "Not measured: any distance" in card.text
+
+
+@pytest.mark.parametrize(
+    "reference, published",
+    [
+        ("/home/alice/secret/x.npz", "x.npz"),
+        ("secret/x.safetensors", "x.safetensors"),
+        ("/home/alice/secret/images, test", "images, test"),
+        ("uoft-cs/cifar10, test", "uoft-cs/cifar10, test"),
+        ("hf://datasets/user/set/x.npz", "hf://datasets/user/set/x.npz"),
+    ],
+)
+def test_folders_of_local_references_are_not_in_the_model_index(folder, reference, published):
+    row = {"metric": "FID", "num_samples": 10, "seed": 0, "value": 1.5, "nfe": 1, "images_per_second": 2.0}
+    row |= {"model": "s", "reference": reference}
+    (folder / "metrics.json").write_text(json.dumps({"results": [row], "hardware": "h", "versions": {}}))
+    (result,) = ModelCard.load(create_model_card(folder)).data.eval_results
+    assert result.dataset_name == published
+
+
+@pytest.mark.parametrize(
+    "license, commercial, own_terms",
+    [
+        ({"license": "other", "license_name": "flux-1-dev-non-commercial-license"}, False, True),
+        ({"license": "cc-by-nc-sa-4.0"}, False, False),
+        ({"license": "other", "license_name": "my-sampling-terms"}, True, True),
+        ({"license": "apache-2.0"}, True, False),
+    ],
+)
+def test_licences_of_their_own_are_read_by_their_name(folder, license, commercial, own_terms):
+    record = json.loads((folder / "training_run.json").read_text())
+    (folder / "training_run.json").write_text(json.dumps(record | {"license": license}))
+    text = create_model_card(folder).read_text()
+    assert ("Commercial use of this model is not allowed" not in text) == commercial
+    assert ("read its terms" in text) == own_terms
+    assert ("must be under the same licence" in text) == ("-sa-" in license["license"])
 
 
 def test_what_is_not_recorded_is_not_invented(folder, tmp_path):

@@ -2,13 +2,16 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from analytic import GaussianNetwork, gaussian_denoiser
 from conftest import tiny_unet
 from diffusers import ConsistencyModelPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
+from safetensors import safe_open
 from safetensors.torch import load_file
+from test_arguments import script as module_of
 from test_trainer import run, script
 from torch import nn
 
@@ -23,7 +26,7 @@ from diffusers_onestep import (
     VPSchedule,
     train,
 )
-from diffusers_onestep.arguments import TrainArguments
+from diffusers_onestep.arguments import TrainArguments, parse_args
 from diffusers_onestep.methods.dkdm import Chain, Reservoir, dkdm_loss, gaussian_kl
 from diffusers_onestep.models import network_from_config, shrunk
 
@@ -70,13 +73,24 @@ def test_i1_identical_networks_have_no_loss():
     assert dkdm_loss(output, output, **terms | {"x_t": 3 * x_t}).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_i2_one_teacher_forward_per_sample_and_no_gradient():
-    distiller, seen = toy(reservoir_ratio=0.02), []
+def test_i2_one_teacher_forward_per_sample_no_gradient_and_no_data():
+    class Asked(dict):
+        """A batch that notes what is read of it: images and conditions of a data set would be."""
+
+        def __getitem__(self, key):
+            read.add(key)
+            return super().__getitem__(key)
+
+        def get(self, key, default=None):
+            read.add(key)
+            return super().get(key, default)
+
+    distiller, seen, read = toy(reservoir_ratio=0.02), [], set()
     distiller.prepare(progress_bar=False)
     distiller.teacher.network.register_forward_hook(lambda m, i, o: seen.append(len(o)))
-    ((name, loss),) = distiller.updates({"batch_size": 160}, torch.Generator().manual_seed(0))
+    ((name, loss),) = distiller.updates(Asked(batch_size=160, x0=None, cond={}), torch.Generator().manual_seed(0))
     loss.backward()
-    assert name == "student" and seen == [160]
+    assert name == "student" and seen == [160] and read <= {"batch_size", "shared_generator"}
     assert all(p.grad is None for p in distiller.teacher.parameters())
     assert all(p.grad is not None for p in distiller.student.parameters())
 
@@ -342,6 +356,38 @@ def test_i15_what_several_processes_saved_is_dealt_out_in_their_order(tmp_path):
             assert torch.equal(*held)
 
 
+def test_i15_a_process_reads_its_own_share_alone(tmp_path, monkeypatch):
+    distiller, read = toy(batch_size=10, reservoir_ratio=0.05), []
+    distiller.prepare(progress_bar=False)
+    distiller.save_state(tmp_path, 0)
+
+    class Opened:
+        def __init__(self, path, framework):
+            self.file = safe_open(path, framework)
+
+        def __enter__(self):
+            self.metadata = self.file.metadata
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def get_tensor(self, name):
+            read.append(len(self.file.get_tensor(name)))
+            return self.file.get_tensor(name)
+
+        def get_slice(self, name):
+            own = self.file.get_slice(name)
+            get = lambda self, places: (read.append(places.stop - places.start), own[places])[1]  # noqa: E731
+            return type("Slice", (), {"get_shape": lambda self: own.get_shape(), "__getitem__": get})()
+
+    monkeypatch.setattr("diffusers_onestep.methods.dkdm.safe_open", Opened)
+    share = toy(batch_size=10, reservoir_ratio=0.05)
+    share.load_state(tmp_path, 1, 4)
+    assert len(share.reservoir) == 25 and read == [25] * 4
+    assert torch.equal(share.reservoir.x, distiller.reservoir.x[25:50])
+
+
 def test_i16_conditions_stay_with_their_trajectory():
     reservoir, generator = Reservoir(30, (1, 1, 1), 4, cond={"class_labels": torch.arange(5)}), torch.Generator()
     everything = torch.arange(30)
@@ -554,8 +600,6 @@ def test_the_script_leaves_an_ordinary_pipeline(compressed):
 
 
 def test_a_resumed_run_ends_with_the_same_weights_and_reservoir(compressed, tmp_path):
-    import shutil
-
     output, command = compressed
     shutil.copytree(output, tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-000006")
@@ -563,6 +607,69 @@ def test_a_resumed_run_ends_with_the_same_weights_and_reservoir(compressed, tmp_
     run([*flags, "--resume_from_checkpoint", "latest"])
     for name in ("unet/diffusion_pytorch_model.safetensors", "checkpoints/step-000006/reservoir-00000.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (output / name).read_bytes()
+
+
+def begin(**flags):
+    """The script in this process, with a few small steps."""
+    flags = {"shrink": 0.5, "num_steps": 10, "train_batch_size": 4, "max_train_steps": 1} | flags
+    module = module_of("train_dkdm")
+    module.main(parse_args(module.DKDMArguments, [str(part) for k, v in flags.items() for part in (f"--{k}", v)]))
+
+
+def test_what_stops_a_run_does_so_before_hours_of_preparation(compressed, teacher_folder, tmp_path):
+    shutil.copytree(compressed[0], tmp_path / "again")
+    prepared = tmp_path / "again" / "reservoir" / "reservoir-00000.safetensors"
+    before = prepared.read_bytes()
+    with pytest.raises(ValueError, match="`output_dir` must hold no checkpoints of another run"):
+        begin(pretrained_teacher_model=teacher_folder, output_dir=tmp_path / "again", seed=1)
+    assert prepared.read_bytes() == before
+    wrong = {"validation_samples": 4, "validation_extractor": "retina"}
+    with pytest.raises(ValueError, match="`extractor` must be one of"):
+        begin(pretrained_teacher_model=teacher_folder, output_dir=tmp_path / "new", **wrong)
+    with pytest.raises(ValueError, match="`resume_from_checkpoint` must be"):
+        begin(pretrained_teacher_model=teacher_folder, output_dir=tmp_path / "new", resume_from_checkpoint="nowhere")
+    assert not (tmp_path / "new" / "reservoir").exists()
+
+
+@pytest.fixture
+def reservoir_alone(compressed, tmp_path):
+    """What is left of a run that was stopped before its first checkpoint."""
+    folder = tmp_path / "stopped" / "reservoir"
+    shutil.copytree(compressed[0] / "reservoir", folder)
+    return folder
+
+
+def test_a_reservoir_is_taken_by_the_run_that_it_was_made_for_alone(teacher_folder, reservoir_alone, monkeypatch):
+    flags = {"pretrained_teacher_model": teacher_folder, "output_dir": reservoir_alone.parent}
+    flags["resume_from_checkpoint"] = "latest"
+    (part,) = reservoir_alone.iterdir()
+    before, prepared = part.read_bytes(), []
+    monkeypatch.setattr(DKDM, "prepare", lambda self, **options: prepared.append(options))
+    with pytest.raises(ValueError, match="`scheme` 'dynamic' instead of 'synthetic': go on as it was begun"):
+        begin(**flags, scheme="synthetic")
+    with pytest.raises(ValueError, match="`seed` 0 instead of 1, `slots` 16 instead of 8"):
+        begin(**flags, seed=1, reservoir_ratio=0.2)
+    assert part.read_bytes() == before
+    begin(**flags)
+    assert not prepared and part.read_bytes() == before
+
+
+def test_parts_of_a_run_with_more_processes_do_not_stay(teacher_folder, reservoir_alone):
+    (part,) = reservoir_alone.iterdir()
+    shutil.copy(part, reservoir_alone / "reservoir-00001.safetensors")
+    begin(pretrained_teacher_model=teacher_folder, output_dir=reservoir_alone.parent)
+    assert [file.name for file in reservoir_alone.iterdir()] == ["reservoir-00000.safetensors"]
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_needs_no_other_reservoir(
+    compressed, teacher_folder, tmp_path, monkeypatch
+):
+    shutil.copytree(compressed[0], tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "reservoir")
+    monkeypatch.setattr(DKDM, "prepare", None)
+    flags = {"pretrained_teacher_model": teacher_folder, "output_dir": tmp_path / "again", "max_train_steps": 7}
+    begin(**flags, resume_from_checkpoint="latest")
+    assert (tmp_path / "again" / "checkpoints" / "step-000007").is_dir()
 
 
 def test_a_compressed_student_runs_in_int8(compressed):

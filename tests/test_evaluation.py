@@ -38,7 +38,7 @@ from diffusers_onestep.evaluation import (
 from diffusers_onestep.features import FashionCNN, load_extractor
 from diffusers_onestep.reference import Reference
 from diffusers_onestep.sampling import picture
-from diffusers_onestep.schedulers import solver_for
+from diffusers_onestep.schedulers import solver_for, student_scheduler
 
 OF_PIXELS = [metric for metric in METRICS if metric not in ("clip_score", "retrieval")]
 NUMBERS = ["FD", "KID", "precision", "recall", "density", "coverage", "IS", "diversity", "agreement"]
@@ -297,6 +297,17 @@ def test_the_script_reads_prompts_as_training_does(tmp_path):
     prompts.write_text("café", encoding="latin-1")
     with pytest.raises(ValueError, match="`prompts` must be a UTF-8 file of one prompt a line"):
         run_script("evaluate", "--prompts", prompts, "--metrics", "diversity", "--output_dir", tmp_path)
+
+
+def test_models_whose_images_the_extractor_does_not_take_are_refused_at_the_start(tmp_path):
+    scheduler = student_scheduler(DDPMScheduler(), "epsilon", [440], 1.0)
+    OneStepPipeline(tiny_unet(channels=3), scheduler).save_pretrained(tmp_path / "model")
+    flags = ["--model", "fashion32-onestep", tmp_path / "model", "--output_dir", tmp_path, "--num_samples", 2]
+    expected = r"must be one for images of shape \(3, 16, 16\), but 'fashion' takes \(1, 32, 32\) .*effnet-lite0"
+    with pytest.raises(ValueError, match=f"`extractor` {expected}"):
+        run_script("evaluate", *flags)
+    with pytest.raises(ValueError, match=r"`pixels` must be uint8 \(N, 1, 32, 32\) for fashion"):
+        FashionCNN.from_shipped()(torch.zeros(1, 4, 8, 8, dtype=torch.uint8))
 
 
 def test_what_cannot_be_measured_is_refused():

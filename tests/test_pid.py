@@ -15,6 +15,7 @@ from diffusers_onestep import (
     Denoiser,
     EDMSchedule,
     FlowSchedule,
+    GuidedDenoiser,
     NoiseSchedule,
     OneStepPipeline,
     OneStepScheduler,
@@ -478,12 +479,38 @@ def test_vp_grids_lie_on_the_teachers_timesteps_without_repeats():
         ({"head": "v"}, "`head` must be 'network' or 'teacher'"),
         ({"num_points": 2}, "`num_points` must be at least 3"),
         ({"start_ratio": 500.0}, "`start_ratio` must lie between"),
+        ({"start_ratio": 0.0105}, r"`start_ratio` must leave at least 3 timesteps of the teacher, .* leaves \[0"),
+        ({"start_ratio": 0.012}, r"`start_ratio` must leave at least 3 timesteps of the teacher, .* leaves \[0"),
         ({"distance": "ssim"}, "`distance` must be one of"),
     ],
 )
 def test_bad_options_name_what_is_allowed(options, message):
     with pytest.raises(ValueError, match=message):
         PID(Denoiser(tiny_unet(), VP, "epsilon"), **{"distance": "l2"} | options)
+
+
+def test_labels_go_to_the_student_and_with_guidance_to_the_teacher():
+    plain = Denoiser(tiny_unet(classes=3), VP, "epsilon")
+    student = Denoiser(tiny_unet(classes=3, seed=1), VP, "epsilon")
+    compared = []
+    distiller = PID(
+        GuidedDenoiser(plain, 3.0, {"class_labels": torch.tensor([2])}),
+        student=student,
+        num_points=20,
+        distance=lambda a, b: (compared.append((a, b)), ((a - b) ** 2).mean())[1],
+    )
+    noise, index, labels = torch.randn(2, 1, 16, 16), torch.tensor([3, 8]), torch.tensor([0, 1])
+    distiller.loss(noise, index, {"class_labels": labels})
+    ((A, target),) = compared
+    x_start, t = distiller.init_noise_sigma * noise, distiller.timesteps[index]
+    with torch.no_grad():
+        f_t, f_s = (distiller.f(x_start, i, {"class_labels": labels}) for i in (index, index + 1))
+        x_t = distiller.point(f_t, x_start, index)
+        cond, null = (plain(x_t, t, {"class_labels": c}) for c in (labels, torch.full((2,), 2)))
+    u_t, u_s, u_max = (distiller.times[i].float().reshape(-1, 1, 1, 1) for i in (index, index + 1, 0 * index))
+    torch.testing.assert_close(target, null + 3.0 * (cond - null), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(A, residual(f_t, f_s, u_t, u_s, u_max), rtol=1e-4, atol=1e-4)
+    assert (cond - null).abs().max() > 1e-3
 
 
 def test_the_papers_defaults_need_nothing_but_a_teacher():

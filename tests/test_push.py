@@ -57,6 +57,7 @@ def trained_folder(teacher_folder, tmp_path_factory):
     (folder / "metrics.json").write_text(json.dumps(metrics))
     assert (folder / "checkpoints").is_dir() and (folder / "log.jsonl").is_file()
     (folder / "pytorch_lora_weights.safetensors").write_bytes(b"an adapter")
+    (folder / "emoji-train.safetensors").write_bytes(b"somebody's images")
     (folder / "NOTICE").write_text("Drawn by Ada.\n")
     (folder / "unet" / ".diffusion_pytorch_model.safetensors.writing").write_bytes(b"half")
     return folder

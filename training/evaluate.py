@@ -35,11 +35,11 @@ from diffusers_onestep.evaluation import (
     conditions,
     extract,
     generate,
+    image_shape,
     markdown_table,
     measure,
     network_of,
     quality_plot,
-    sample_shape,
     sampler,
     stated,
     takes_prompts,
@@ -154,10 +154,6 @@ def main(args: EvaluateArguments) -> None:
         args.open_repository(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     extractor = load_extractor(args.extractor, args.extractor_weights, state.device)
-    reference = None
-    if {"fd", *AGAINST_IMAGES} & set(args.metrics):
-        share = partial(extract, extractor=extractor, all_processes=True)
-        reference = Reference.load(args.reference, extractor, args.reference_split, share)
     teacher = target = None
     if args.pretrained_teacher_model:
         given = {} if args.embedded_guidance is None else {"embedded_guidance": args.embedded_guidance}
@@ -167,9 +163,17 @@ def main(args: EvaluateArguments) -> None:
         model_guidance(teacher.pipeline, args.embedded_guidance)
     students = [OneStepPipeline.from_pretrained(path).to(state.device) for path in args.model]
     fed = [model_guidance(pipeline, args.embedded_guidance) for pipeline in students]
-    for pipeline in students:
-        sample_shape(pipeline, args.resolution)  # a size that it can not have is an error now
     models = [*([teacher] if teacher else []), *students]
+    for model in models:  # what can not be sampled or measured is an error now
+        if not extractor.takes(shape := image_shape(model, args.resolution)):
+            raise ValueError(
+                f"`extractor` must be one for images of shape {shape}, but {args.extractor!r} takes "
+                f"({extractor.allowed}) alone: give another, such as --extractor effnet-lite0, and its --reference."
+            )
+    reference = None
+    if {"fd", *AGAINST_IMAGES} & set(args.metrics):
+        share = partial(extract, extractor=extractor, all_processes=True)
+        reference = Reference.load(args.reference, extractor, args.reference_split, share)
     for model in models:
         state.prepare_model(network_of(model), evaluation_mode=True)
     prompts = read_prompts(args.prompts) if args.prompts else None

@@ -6,6 +6,7 @@ accelerate launch training/train_dkdm.py --pretrained_teacher_model fashion32 --
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +18,7 @@ from diffusers_onestep.distillation import TeacherArguments, compression_hooks
 from diffusers_onestep.models import network_from_config, shrunk
 from diffusers_onestep.presets import DKDM_PRESETS
 from diffusers_onestep.prompts import PromptEmbeddings
+from diffusers_onestep.run_folder import checkpoint_to_go_on_from
 from diffusers_onestep.trainer import configure_networks
 
 
@@ -59,6 +61,8 @@ def main(args: DKDMArguments) -> None:
         )
     if args.dry_run:  # a reservoir is large, and takes hours to fill
         args.train_batch_size, args.global_batch_size, args.num_steps = 2, None, 4
+    else:
+        checkpoint_to_go_on_from(Path(args.output_dir), args.resume_from_checkpoint)  # an error now, not hours later
     if args.reservoir_dtype not in ("float32", "float16"):
         raise ValueError(f"`reservoir_dtype` must be 'float32' or 'float16', but is {args.reservoir_dtype!r}.")
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
@@ -88,8 +92,8 @@ def main(args: DKDMArguments) -> None:
         pin_memory=args.pin_memory,
         sample_shape=teacher.sample_shape,
     )
-    prepare(distiller, args, accelerator)
     save, validate = compression_hooks(distiller, args, args.validation_inference_steps, teacher, samples)
+    prepare(distiller, args, accelerator)
     train(distiller, Batches(Conditions(), args.train_batch_size, args.seed), args, save=save, validate=validate)
 
 
@@ -102,13 +106,29 @@ def trajectory_conditions(teacher: Teacher, samples: Samples, guidance_scale: fl
 
 def prepare(distiller: DKDM, args: DKDMArguments, accelerator: Accelerator) -> None:
     """Fill the reservoir, each process its own, on the device and in the precision of the run; a run that goes on
-    takes the one that it has left in the folder."""
-    if args.dry_run:
-        return  # the first update prepares it
-    folder = Path(args.output_dir) / "reservoir"
-    if args.resume_from_checkpoint and any(folder.glob("reservoir-*.safetensors")):
-        distiller.load_state(folder, accelerator.process_index, accelerator.num_processes)
-        return
+    takes that of its checkpoint or, where it had come to none, the one that it has left in the folder.
+
+    Raises:
+        ValueError: if what is left in the folder was made for another run.
+    """
+    output_dir = Path(args.output_dir)
+    if args.dry_run or checkpoint_to_go_on_from(output_dir, args.resume_from_checkpoint):
+        return  # the first update prepares it, or `train` reads it
+    folder, origin = output_dir / "reservoir", reservoir_origin(distiller, args, accelerator.num_processes)
+    parts = sorted(folder.glob("reservoir-*.safetensors"))
+    if args.resume_from_checkpoint and parts:
+        found = [distiller.reservoir.origin(part) for part in parts]
+        if found == [origin] * accelerator.num_processes:
+            distiller.load_state(folder, accelerator.process_index, accelerator.num_processes)
+            return
+        if others := [own for own in found if own != origin]:
+            differing = {k: (others[0].get(k, "unrecorded"), v) for k, v in origin.items() if others[0].get(k) != v}
+            raise ValueError(
+                f"`output_dir` must hold a reservoir of this run, but that in {str(folder)!r} has "
+                + ", ".join(f"`{name}` {theirs!r} instead of {ours!r}" for name, (theirs, ours) in differing.items())
+                + ": go on as it was begun, give another folder, or delete this one to prepare it anew."
+            )
+        accelerator.print(f"The reservoir in {folder} is not complete: preparing it anew.")
     if args.cpu_threads:
         torch.set_num_threads(args.cpu_threads)
     distiller.teacher.to(accelerator.device)
@@ -118,10 +138,32 @@ def prepare(distiller: DKDM, args: DKDMArguments, accelerator: Accelerator) -> N
         batch_size=args.preparation_batch_size,
         progress_bar=accelerator.is_main_process,
     )
-    accelerator.wait_for_everyone()  # a folder with some of the parts would be taken for the whole
-    folder.mkdir(parents=True, exist_ok=True)
-    distiller.save_state(folder, accelerator.process_index)
     accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        for part in parts:  # of a run with more processes, perhaps
+            part.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+    distiller.save_state(folder, accelerator.process_index, origin)
+    accelerator.wait_for_everyone()
+
+
+def reservoir_origin(distiller: DKDM, args: DKDMArguments, num_processes: int) -> dict[str, Any]:
+    """What makes a reservoir the one of a run."""
+    chain, reservoir = distiller.chain, distiller.reservoir
+    return {
+        "pretrained_teacher_model": args.pretrained_teacher_model,
+        "revision": args.revision,
+        "guidance_scale": args.guidance_scale,
+        "scheme": args.scheme,
+        "seed": args.seed,
+        "num_processes": num_processes,
+        "slots": len(reservoir),
+        "conditions": len(reservoir.cond),
+        "num_steps": chain.num_steps,
+        "clip": chain.clip,
+        "stochastic": chain.stochastic,
+    }
 
 
 if __name__ == "__main__":

@@ -247,11 +247,20 @@ class Reservoir:
         self.x[index[sound]] = x[sound]
         self.r[index] = torch.where(sound, self.r[index] - 1, 0)
 
-    def save(self, path: Path) -> None:
-        """Write states, times, conditions and offsets as safetensors, beside first."""
+    def save(self, path: Path, origin: dict[str, Any] | None = None) -> None:
+        """Write states, times, conditions and offsets as safetensors, beside first, with what they were made of."""
         tensors = {"x": self.x, "r": self.r, "row": self.row, "offset": self.offset}
+        about = {"num_timesteps": json.dumps(self.num_timesteps)}
+        if origin is not None:
+            about["origin"] = json.dumps(origin)
         with written_beside(Path(path)) as beside:
-            save_file(tensors, beside, {"num_timesteps": json.dumps(self.num_timesteps)})
+            save_file(tensors, beside, about)
+
+    @staticmethod
+    def origin(path: Path) -> dict[str, Any]:
+        """What `save` was told that the slots of a file were made of."""
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata().get("origin", "{}"))
 
     def load(self, paths: list[Path], rank: int = 0, ranks: int = 1) -> None:
         """Read what any number of processes saved, and keep this one's share of it.
@@ -261,21 +270,29 @@ class Reservoir:
         """
         if not paths:
             raise ValueError("`paths` must name the files of a reservoir, but there are none.")
-        parts: dict[str, list[torch.Tensor]] = {"x": [], "r": [], "row": [], "offset": []}
+        sizes = []
         for path in sorted(paths):
             with safe_open(path, "pt") as file:
-                steps = json.loads(file.metadata()["num_timesteps"])
-                if steps != self.num_timesteps or list(file.get_slice("x").get_shape()[1:]) != list(self.x.shape[1:]):
-                    raise ValueError(
-                        f"`path` {str(path)!r} must hold trajectories of {self.num_timesteps} steps of shape "
-                        f"{tuple(self.x.shape[1:])}, but holds {steps} steps of {file.get_slice('x').get_shape()[1:]}."
-                    )
-                for name, values in parts.items():
-                    values.append(file.get_tensor(name))
-        for name, values in parts.items():
-            own = torch.cat(values).tensor_split(ranks)[rank].to(getattr(self, name).dtype, copy=True)
-            pinned = name == "x" and self.x.is_pinned()
-            setattr(self, name, own.pin_memory() if pinned else own)
+                steps, (size, *shape) = json.loads(file.metadata()["num_timesteps"]), file.get_slice("x").get_shape()
+            if steps != self.num_timesteps or shape != list(self.x.shape[1:]):
+                raise ValueError(
+                    f"`path` {str(path)!r} must hold trajectories of {self.num_timesteps} steps of shape "
+                    f"{tuple(self.x.shape[1:])}, but holds {steps} steps of {tuple(shape)}."
+                )
+            sizes.append(size)
+        places = torch.arange(sum(sizes)).tensor_split(ranks)[rank]
+        for name in ("x", "r", "row", "offset"):
+            held = getattr(self, name)
+            own = torch.empty(len(places), *held.shape[1:], dtype=held.dtype, pin_memory=held.is_pinned())
+            before = 0  # slots of the files that have been passed
+            for path, size in zip(sorted(paths), sizes, strict=True):
+                here = places[(places >= before) & (places < before + size)] - before
+                if len(here):
+                    first = before + here[0] - places[0]
+                    with safe_open(path, "pt") as file:
+                        own[first : first + len(here)] = file.get_slice(name)[here[0].item() : here[-1].item() + 1]
+                before += size
+            setattr(self, name, own)
         if self.row.max() >= len(self.cond):
             raise ValueError(f"`cond` must have the rows of the saved trajectories, but has {len(self.cond)}.")
 
@@ -474,9 +491,9 @@ class DKDM(Distiller):
         x_t = self.student.add_noise(x0, normal(x0.shape, generator, device), t)
         return (self.student.weight(t) * (self.student(x_t, t, cond) - x0) ** 2).mean()
 
-    def save_state(self, folder: Path, rank: int) -> None:
-        """This process's slots, into a checkpoint."""
-        self.reservoir.save(Path(folder) / f"reservoir-{rank:05d}.safetensors")
+    def save_state(self, folder: Path, rank: int, origin: dict[str, Any] | None = None) -> None:
+        """This process's slots, into a checkpoint or, with what they were made of, a folder of their own."""
+        self.reservoir.save(Path(folder) / f"reservoir-{rank:05d}.safetensors", origin)
 
     def load_state(self, folder: Path, rank: int, ranks: int) -> None:
         """This process's share of the slots that a checkpoint holds."""

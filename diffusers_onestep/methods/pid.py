@@ -125,6 +125,11 @@ class PID(OneStepDistiller):
         timesteps = schedule.timestep(time_grid(n, low, start_ratio or min(high, 80.0)))
         if isinstance(schedule, VPSchedule):
             timesteps = timesteps.unique().flip(0)
+        if len(timesteps) < 3:
+            raise ValueError(
+                f"`start_ratio` must leave at least 3 timesteps of the teacher, but {start_ratio} with `num_points` "
+                f"{n} leaves {timesteps.tolist()}."
+            )
         return timesteps
 
     @property
