@@ -120,7 +120,10 @@ def load_images(dataset: str, split: str = "train") -> LabelledImages:
     caption = next((k for k in ("caption", "text") if k in rows.features), None)
     if image is None:
         raise ValueError(f"`dataset` must have an image column, but {dataset!r} has {sorted(rows.features)}.")
-    images = np.stack([np.asarray(picture) for picture in rows[image]])
+    pictures = [np.asarray(picture) for picture in rows[image]]
+    if len(shapes := {picture.shape for picture in pictures}) != 1:
+        raise ValueError(f"`dataset` must hold images of one shape, but {dataset!r} has {sorted(shapes)}.")
+    images = np.stack(pictures)
     labels = None if label is None else torch.tensor(rows[label])
     names = None if label is None else rows.features[label].names
     return LabelledImages(_channels_first(images), labels, names, None if caption is None else list(rows[caption]))

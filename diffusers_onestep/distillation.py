@@ -91,16 +91,24 @@ class TeacherArguments(TrainArguments):
         """The teacher with `guidance_scale`."""
         return teacher if self.guidance_scale == 1.0 else teacher.guided(self.guidance_scale)
 
+    def prompt_sources(self) -> dict[str, str | list[str]]:
+        """What is given of the flags that say where prompts come from."""
+        values = {name: getattr(self, name) for name in ("prompts", "prompt", "dataset_name")}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def refuse_prompts(self) -> None:
+        """Raise a `ValueError` if there are any, for a teacher that takes none."""
+        if wrong := self.prompt_sources():
+            raise ValueError(f"`{min(wrong)}` must be None for a teacher that takes no prompts.")
+
     def load_samples(self, teacher: Teacher, *, images: bool = False, pairs: str | None = None) -> Samples:
         """What batches are drawn from: conditions (every label, or what `prompts`, `prompt` or `dataset_name` say),
         with real `images` of `dataset_name`, or teacher `pairs`. Text encoders, which are not needed after that, are
         saved to the output folder and freed."""
-        given = {name: getattr(self, name) for name in ("prompts", "prompt", "dataset_name")} | {"pairs": pairs}
-        given = {name: value for name, value in given.items() if value is not None}
         if not teacher.takes_prompts:
-            if wrong := given.keys() - {"pairs"}:
-                raise ValueError(f"`{min(wrong)}` must be None for a teacher that takes no prompts.")
+            self.refuse_prompts()
             return load_pairs(pairs) if pairs else Conditions(teacher.encode())
+        given = self.prompt_sources() | ({} if pairs is None else {"pairs": pairs})
         if len(given) != 1 or (images and "dataset_name" not in given):
             needed = "`dataset_name`" if images else "One of `prompts` and `dataset_name` (or `prompt`, or `pairs`)"
             raise ValueError(f"{needed} must be given for this text-to-image teacher, but given are {given}.")
