@@ -12,7 +12,7 @@ from diffusers import ConsistencyModelPipeline, DDPMScheduler, UNet2DModel
 from diffusers_onestep.arguments import parse_args
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "training")]  # train_teacher imports a recipe
 
 
 def run_script(name, *flags):
