@@ -105,9 +105,15 @@ class TeacherArguments(TrainArguments):
         """What batches are drawn from: conditions (every label, or what `prompts`, `prompt` or `dataset_name` say),
         with real `images` of `dataset_name`, or teacher `pairs`. Text encoders, which are not needed after that, are
         saved to the output folder and freed."""
+        rows = None
+        if pairs is not None:
+            guidance = {"guidance_scale": self.guidance_scale}
+            if teacher.takes_prompts:
+                guidance["embedded_guidance"] = self.embedded_guidance
+            rows = load_pairs(pairs).check(teacher.sample_shape, self.pretrained_teacher_model, **guidance)
         if not teacher.takes_prompts:
             self.refuse_prompts()
-            return load_pairs(pairs) if pairs else Conditions(teacher.encode())
+            return rows or Conditions(teacher.encode())
         given = self.prompt_sources() | ({} if pairs is None else {"pairs": pairs})
         if len(given) != 1 or (images and "dataset_name" not in given):
             needed = "`dataset_name`" if images else "One of `prompts` and `dataset_name` (or `prompt`, or `pairs`)"
@@ -115,8 +121,8 @@ class TeacherArguments(TrainArguments):
         accelerator = Accelerator(mixed_precision=self.mixed_precision)
         how = {"cache_dir": self.cache_dir, "batch_size": self.encoding_batch_size, "device": accelerator.device}
         samples: Samples
-        if pairs is not None:
-            samples = PromptPairs(teacher, load_pairs(pairs).rows, **how)
+        if rows is not None:
+            samples = PromptPairs(teacher, rows.rows, **how)
         elif self.prompts is not None:
             samples = PromptEmbeddings(teacher, read_prompts(self.prompts), **how)
         elif self.prompt is not None:
