@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from analytic import gaussian_denoiser
-from conftest import ROOT
+from conftest import ROOT, tiny_unet
 from safetensors.torch import load_file
 
-from diffusers_onestep import DMD, EDMSchedule, OneStepPipeline, SiD, Teacher, train
+from diffusers_onestep import DMD, Denoiser, EDMSchedule, OneStepPipeline, SiD, Teacher, VPSchedule, train
 from diffusers_onestep.arguments import TrainArguments
 from diffusers_onestep.cli import main
-from diffusers_onestep.data import Batches, Conditions
+from diffusers_onestep.data import Batches, Conditions, LabelledImages
 from diffusers_onestep.methods.base import Distiller, Paper
 from diffusers_onestep.run_folder import checkpoints, latest_checkpoint
 from diffusers_onestep.trainer import Trainer, optimizer_class
@@ -235,6 +235,34 @@ def test_a_fake_score_that_equals_the_teacher_moves_the_student_by_weight_decay_
     moved = [p.item() for p in distiller.student.parameters()]
     assert moved == pytest.approx([v * (1 - 1e-2 * 0.01) for v in (0.3, 0.5)], rel=1e-6)
     assert [p.item() for p in distiller.fake_score.parameters()] != pytest.approx([0.3, 0.5], rel=1e-3)
+
+
+def test_a_resumed_run_of_dmd2_has_bit_identical_weights(tmp_path):
+    """Specification of DMD, I25: with a GAN head, a three-step student, accumulation and an average of the weights."""
+    images = torch.randint(0, 256, (7, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    real = Batches(LabelledImages(images, torch.arange(7) % 3), 2)
+
+    def run(folder, steps, **other):
+        torch.manual_seed(0)  # of the head
+        schedule = VPSchedule(torch.linspace(0.9999, 0.01, 1000))
+        settings = {"fake_score_updates": 3, "gan_weight": 1e-2, "student_timesteps": [999, 600, 300]}
+        distiller = DMD(Denoiser(tiny_unet(classes=3), schedule, "epsilon"), **settings)
+        settings = {"learning_rate": 1e-3, "ema_halflife_kimg": 0.01, "gradient_accumulation_steps": 2}
+        settings |= {"train_batch_size": 2, "max_train_steps": steps, "checkpointing_steps": 2}
+        train(distiller, real, arguments(folder, lr_warmup_steps=2, **settings, **other))
+
+    run(tmp_path / "unbroken", 4)
+    run(tmp_path / "resumed", 2)
+    run(tmp_path / "resumed", 4, resume_from_checkpoint="latest")
+    whole, resumed = (latest_checkpoint(tmp_path / name) for name in ("unbroken", "resumed"))
+    assert whole.name == resumed.name == "step-000004"
+    files = sorted(path.name for path in whole.glob("*.safetensors"))
+    assert "ema.safetensors" in files and len(files) >= 3  # student, fake score with its head, average
+    for name in files:
+        first, second = load_file(whole / name), load_file(resumed / name)
+        assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first), name
+    before = load_file(checkpoints(tmp_path / "unbroken")[0] / "ema.safetensors")
+    assert any(not torch.equal(before[k], v) for k, v in load_file(whole / "ema.safetensors").items())
 
 
 def test_interrupted_checkpoint_is_absent(tmp_path, monkeypatch):
