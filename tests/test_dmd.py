@@ -1,6 +1,7 @@
 """The invariants of the DMD specification, numbered as there."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -418,6 +419,16 @@ def test_regression_distances_vanish_only_at_equality(name):
     distance = image_distance(name)
     y = torch.randn(2, 1, 8, 8)
     assert distance(y, y).item() == pytest.approx(0, abs=1e-6) and distance(y, y + 0.1).item() > 1e-3
+
+
+def test_i21_lpips_vanishes_at_equality(monkeypatch):
+    """With random weights of its network, which can not be downloaded here."""
+    lpips = pytest.importorskip("lpips")
+    monkeypatch.setattr(lpips, "LPIPS", partial(lpips.LPIPS, pnet_rand=True))
+    distance = image_distance("lpips")
+    y = torch.randn(1, 1, 16, 16).clamp(-1, 1)
+    with torch.no_grad():
+        assert distance(y, y).item() == 0 < distance(y + 0.1, y).item()
 
 
 def test_lpips_without_its_weights_says_what_to_do(tmp_path, monkeypatch):

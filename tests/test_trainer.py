@@ -7,18 +7,22 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from analytic import gaussian_denoiser
 from conftest import ROOT, tiny_unet
+from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_onestep import DMD, Denoiser, EDMSchedule, OneStepPipeline, SiD, Teacher, VPSchedule, train
 from diffusers_onestep.arguments import TrainArguments
 from diffusers_onestep.cli import main
 from diffusers_onestep.data import Batches, Conditions, LabelledImages
+from diffusers_onestep.distillation import student_hooks
 from diffusers_onestep.methods.base import Distiller, Paper
 from diffusers_onestep.run_folder import checkpoints, latest_checkpoint
+from diffusers_onestep.sampling import picture
 from diffusers_onestep.trainer import Trainer, optimizer_class
 
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
@@ -337,6 +341,27 @@ def test_a_quickstart_clears_no_other_runs_checkpoints(tmp_path):
     with pytest.raises(SystemExit):
         main(["quickstart", "--output_dir", str(tmp_path), "--max_train_steps", "1"])
     assert checkpoints(tmp_path)
+
+
+def test_samples_png_shows_teacher_and_student_on_the_same_noises(teacher_folder, tmp_path):
+    teacher = Teacher.from_pretrained(teacher_folder)
+    distiller = DMD(teacher)
+    with torch.no_grad():  # or both would be the teacher's
+        for parameter in distiller.student.network.parameters():
+            parameter += 0.01
+    _, validate = student_hooks(distiller, arguments(tmp_path, seed=3))
+    validate(tmp_path)
+    noise = torch.randn(20, 1, 16, 16, generator=torch.Generator().manual_seed(3))
+    cond = {"class_labels": torch.arange(20) % 3}
+    of_teacher = picture(teacher.sample(noise, cond, num_inference_steps=50))
+    with torch.no_grad():
+        of_student = picture(distiller.student(noise, torch.full((20,), 999), cond))
+    shown = torch.from_numpy(np.array(Image.open(tmp_path / "samples.png")))[::2, ::2]  # every pixel is a 2 x 2 square
+    shown = shown.reshape(4, 16, 10, 16).transpose(1, 2)  # (row, column, height, width)
+    for rows, expected in (((0, 2), of_teacher), ((1, 3), of_student)):
+        got = torch.cat([shown[row] for row in rows])[:, None].int()
+        assert (got - expected.int()).abs().max() <= 1 < expected.float().std()
+    assert not torch.equal(of_teacher, of_student)
 
 
 def test_clipping_warm_up_and_rates(tmp_path):
