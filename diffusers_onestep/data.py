@@ -9,6 +9,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from accelerate import PartialState
+from diffusers.utils import logging
+
+from .files import read_json, write_json
+
+logger = logging.get_logger(__name__)
+
+PAIRS_RECORD = "pairs.json"  # how a folder of pairs was made
 
 
 class Samples(Protocol):
@@ -120,7 +127,10 @@ def load_images(dataset: str, split: str = "train") -> LabelledImages:
     caption = next((k for k in ("caption", "text") if k in rows.features), None)
     if image is None:
         raise ValueError(f"`dataset` must have an image column, but {dataset!r} has {sorted(rows.features)}.")
-    images = np.stack([np.asarray(picture) for picture in rows[image]])
+    pictures = [np.asarray(picture) for picture in rows[image]]
+    if len(shapes := {picture.shape for picture in pictures}) != 1:
+        raise ValueError(f"`dataset` must hold images of one shape, but {dataset!r} has {sorted(shapes)}.")
+    images = np.stack(pictures)
     labels = None if label is None else torch.tensor(rows[label])
     names = None if label is None else rows.features[label].names
     return LabelledImages(_channels_first(images), labels, names, None if caption is None else list(rows[caption]))
@@ -132,10 +142,12 @@ def _channels_first(images: np.ndarray) -> torch.Tensor:
 
 
 class Pairs:
-    """Teacher pairs from a `datasets` data set: `"noise"`, `"target"` and conditions."""
+    """Teacher pairs from a `datasets` data set: `"noise"`, `"target"` and conditions; and the `record` of how they
+    were made, empty if nobody kept one."""
 
-    def __init__(self, rows: Any):
+    def __init__(self, rows: Any, record: Mapping[str, Any] | None = None):
         self.rows = rows.with_format("torch")
+        self.record = dict(record or {})
 
     def __len__(self):
         return len(self.rows)
@@ -144,6 +156,26 @@ class Pairs:
         rows = self.rows[places]
         cond = {k: v for k, v in rows.items() if k not in ("noise", "target")}
         return {"noise": rows["noise"], "target": rows["target"], "cond": cond}
+
+    def check(self, sample_shape: tuple[int, ...], teacher: str, **guidance: float) -> "Pairs":
+        """These, if they are of `sample_shape` and, as far as is recorded, of the same `guidance` (`guidance_scale`,
+        `embedded_guidance`); pairs of a `teacher` of another name, which may be the same one, give a warning.
+
+        Raises:
+            ValueError: if they are not.
+        """
+        found = tuple(self.rows[0]["noise"].shape) if len(self) else None
+        if found != tuple(sample_shape):
+            raise ValueError(f"`pairs` must have the teacher's shape {tuple(sample_shape)}, but have {found}.")
+        for name, scale in guidance.items():
+            if self.record.get(name, scale) != scale:
+                raise ValueError(
+                    f"`{name}` must be that of `pairs`, {self.record[name]}, but is {scale}: regression and "
+                    "distribution matching would pull the student to different images."
+                )
+        if (made := self.record.get("pretrained_teacher_model", teacher)) != teacher:
+            logger.warning(f"`pairs` were made by {made!r}, which is hopefully the teacher {teacher!r} too.")
+        return self
 
 
 def write_pairs(rows: Iterator[dict[str, torch.Tensor]], folder: Path, sample_shape: tuple[int, int, int]) -> None:
@@ -176,19 +208,20 @@ def write_pairs(rows: Iterator[dict[str, torch.Tensor]], folder: Path, sample_sh
     shutil.rmtree(beside)
 
 
-def join_pairs(parts: list[Path], folder: Path) -> None:
-    """Make one data set of those that several processes wrote, and remove the parts."""
+def join_pairs(parts: list[Path], folder: Path, record: Mapping[str, Any]) -> None:
+    """Make one data set of those that several processes wrote, with a `record` of how, and remove the parts."""
     from datasets import concatenate_datasets, load_from_disk
 
     beside = folder.with_name(f".{folder.name}.joining")
     concatenate_datasets([load_from_disk(part) for part in parts]).save_to_disk(beside)
+    write_json(beside / PAIRS_RECORD, dict(record))
     beside.rename(folder)
     for part in parts:
         shutil.rmtree(part)
 
 
 def load_pairs(path: str) -> Pairs:
-    """Teacher pairs that `write_pairs` stored in a folder, or that lie on the Hub.
+    """Teacher pairs that `make_pairs.py` stored in a folder, or that lie on the Hub.
 
     Raises:
         ValueError: if there are no columns `noise` and `target`.
@@ -198,4 +231,5 @@ def load_pairs(path: str) -> Pairs:
     rows = load_from_disk(path) if Path(path).is_dir() else load_dataset(path, split="train")
     if missing := {"noise", "target"} - set(rows.column_names):
         raise ValueError(f"`pairs` must have the columns 'noise' and 'target', but {path!r} lacks {sorted(missing)}.")
-    return Pairs(rows)
+    record = Path(path) / PAIRS_RECORD
+    return Pairs(rows, read_json(record) if record.is_file() else None)

@@ -91,24 +91,38 @@ class TeacherArguments(TrainArguments):
         """The teacher with `guidance_scale`."""
         return teacher if self.guidance_scale == 1.0 else teacher.guided(self.guidance_scale)
 
+    def prompt_sources(self) -> dict[str, str | list[str]]:
+        """What is given of the flags that say where prompts come from."""
+        values = {name: getattr(self, name) for name in ("prompts", "prompt", "dataset_name")}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def refuse_prompts(self) -> None:
+        """Raise a `ValueError` if there are any, for a teacher that takes none."""
+        if wrong := self.prompt_sources():
+            raise ValueError(f"`{min(wrong)}` must be None for a teacher that takes no prompts.")
+
     def load_samples(self, teacher: Teacher, *, images: bool = False, pairs: str | None = None) -> Samples:
         """What batches are drawn from: conditions (every label, or what `prompts`, `prompt` or `dataset_name` say),
         with real `images` of `dataset_name`, or teacher `pairs`. Text encoders, which are not needed after that, are
         saved to the output folder and freed."""
-        given = {name: getattr(self, name) for name in ("prompts", "prompt", "dataset_name")} | {"pairs": pairs}
-        given = {name: value for name, value in given.items() if value is not None}
+        rows = None
+        if pairs is not None:
+            guidance = {"guidance_scale": self.guidance_scale}
+            if teacher.takes_prompts:
+                guidance["embedded_guidance"] = self.embedded_guidance
+            rows = load_pairs(pairs).check(teacher.sample_shape, self.pretrained_teacher_model, **guidance)
         if not teacher.takes_prompts:
-            if wrong := given.keys() - {"pairs"}:
-                raise ValueError(f"`{min(wrong)}` must be None for a teacher that takes no prompts.")
-            return load_pairs(pairs) if pairs else Conditions(teacher.encode())
+            self.refuse_prompts()
+            return rows or Conditions(teacher.encode())
+        given = self.prompt_sources() | ({} if pairs is None else {"pairs": pairs})
         if len(given) != 1 or (images and "dataset_name" not in given):
             needed = "`dataset_name`" if images else "One of `prompts` and `dataset_name` (or `prompt`, or `pairs`)"
             raise ValueError(f"{needed} must be given for this text-to-image teacher, but given are {given}.")
         accelerator = Accelerator(mixed_precision=self.mixed_precision)
         how = {"cache_dir": self.cache_dir, "batch_size": self.encoding_batch_size, "device": accelerator.device}
         samples: Samples
-        if pairs is not None:
-            samples = PromptPairs(teacher, load_pairs(pairs).rows, **how)
+        if rows is not None:
+            samples = PromptPairs(teacher, rows.rows, **how)
         elif self.prompts is not None:
             samples = PromptEmbeddings(teacher, read_prompts(self.prompts), **how)
         elif self.prompt is not None:

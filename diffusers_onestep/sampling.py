@@ -1,5 +1,6 @@
 """Many-step sampling of a teacher with diffusers' own schedulers, and pictures of what came out."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -34,21 +35,40 @@ def sample(
 
     DDPM and DDIM are replaced as in `deterministic`. Tensors move to the network's device.
     """
-    scheduler = deterministic(scheduler)
     device = next(denoiser.network.parameters()).device
     noise, cond = noise.to(device), {k: v.to(device) for k, v in (cond or {}).items()}
+    return _solve(lambda x, t: denoiser.call_network(x, t, cond), scheduler, noise, num_inference_steps)
+
+
+def _solve(
+    predict: Callable, scheduler: SchedulerMixin, noise: torch.Tensor, num_inference_steps: int
+) -> torch.Tensor:
+    scheduler = deterministic(scheduler)
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and scheduler.config.use_dynamic_shifting:
         sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-        scheduler.set_timesteps(sigmas=sigmas, mu=dynamic_shift(scheduler, noise.shape), device=device)
+        scheduler.set_timesteps(sigmas=sigmas, mu=dynamic_shift(scheduler, noise.shape), device=noise.device)
     else:
-        scheduler.set_timesteps(num_inference_steps, device=device)
+        scheduler.set_timesteps(num_inference_steps, device=noise.device)
     # flow schedulers have neither a scale of the noise nor one of the input
     x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
     scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
     for t in scheduler.timesteps:
-        output = denoiser.call_network(scale(x, t), t, cond)
-        x = scheduler.step(output, t, x).prev_sample
+        x = scheduler.step(predict(scale(x, t), t), t, x).prev_sample
     return x
+
+
+def check_deterministic(scheduler: SchedulerMixin, argument: str) -> None:
+    """Raise a `ValueError` that names `argument` if `sample` with this scheduler draws noise on the way: if two runs
+    from one start, of a network that answers 0, end apart."""
+    own, ends = type(scheduler).from_config(scheduler.config), []
+    with torch.random.fork_rng(devices=[]):
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            ends.append(_solve(lambda x, t: torch.zeros_like(x), own, torch.ones(1, 1, 8, 8), 4))
+    if not torch.equal(*(end.nan_to_num() for end in ends)):
+        settings = {k: v for k, v in scheduler.config.items() if k in ("algorithm_type", "stochastic_sampling")}
+        solver = type(scheduler).__name__ + (f" with {settings}" if settings else "")
+        raise ValueError(f"`{argument}` must be deterministic, such as DDIM, but is {solver}.")
 
 
 def dynamic_shift(scheduler: SchedulerMixin, shape: tuple[int, ...]) -> float:

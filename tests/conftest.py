@@ -1,5 +1,6 @@
 """Tiny real diffusers teachers."""
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -8,8 +9,21 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import ConsistencyModelPipeline, DDPMScheduler, UNet2DModel
 
+from diffusers_onestep.arguments import parse_args
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "training")]  # train_teacher imports a recipe
+
+
+def run_script(name, *flags):
+    """A script's `main` in this process, with flags as on its command line."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "training" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    presets = next((v for k, v in vars(module).items() if k.endswith("_PRESETS")), None)
+    arguments = [v for k, v in vars(module).items() if k.endswith("Arguments") and v.__module__ == name]
+    module.main(parse_args(arguments[0], [str(flag) for flag in flags], presets=presets))
 
 
 def tiny_unet(classes=None, seed=0, size=16, channels=1, out_channels=None):

@@ -1,6 +1,5 @@
 import importlib.util
 import json
-import sys
 
 import pytest
 from conftest import ROOT
@@ -9,9 +8,6 @@ from diffusers_onestep.arguments import parse_args
 from diffusers_onestep.presets import DKDM_PRESETS, DMD_PRESETS, PID_PRESETS, SID_PRESETS
 
 REQUIRED = ["--pretrained_teacher_model", "fashion32", "--output_dir", "out"]
-
-
-sys.path.insert(0, str(ROOT / "training"))  # train_teacher imports a recipe
 
 
 def script(name):

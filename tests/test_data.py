@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_script
 
 from diffusers_onestep.data import Batches, Conditions, LabelledImages, load_images, load_pairs, write_pairs
 
@@ -63,6 +63,26 @@ def test_load_npz(tmp_path):
         load_images(path, "test")
     with pytest.raises(ValueError, match=r"does not exist"):
         load_images(str(tmp_path / "b.npz"))
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (32, 24)])
+def test_images_that_the_recipes_network_can_not_halve_are_refused(tmp_path, shape):
+    np.savez(
+        tmp_path / "a.npz", images_train=np.zeros((2, *shape), np.uint8), labels_train=[0, 1], class_names=["a", "b"]
+    )
+    flags = ("--dataset", tmp_path / "a.npz", "--output_dir", tmp_path / "out", "--max_train_steps", 1)
+    size = "x".join(map(str, shape))
+    with pytest.raises(ValueError, match=f"`dataset` must hold square images .* multiple of 8, but .* are {size}"):
+        run_script("train_teacher", *flags)
+
+
+def test_a_data_set_of_images_of_many_sizes_is_refused(tmp_path):
+    from PIL import Image
+
+    for side in (8, 16):
+        Image.new("L", (side, side)).save(tmp_path / f"{side}.png")
+    with pytest.raises(ValueError, match=r"`dataset` must hold images of one shape, but .* \[\(8, 8\), \(16, 16\)\]"):
+        load_images(str(tmp_path))
 
 
 def test_pairs_replay_the_teachers_solver(tmp_path, teacher_folder):

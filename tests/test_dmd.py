@@ -1,6 +1,7 @@
 """The invariants of the DMD specification, numbered as there."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -420,6 +421,16 @@ def test_regression_distances_vanish_only_at_equality(name):
     assert distance(y, y).item() == pytest.approx(0, abs=1e-6) and distance(y, y + 0.1).item() > 1e-3
 
 
+def test_i21_lpips_vanishes_at_equality(monkeypatch):
+    """With random weights of its network, which can not be downloaded here."""
+    lpips = pytest.importorskip("lpips")
+    monkeypatch.setattr(lpips, "LPIPS", partial(lpips.LPIPS, pnet_rand=True))
+    distance = image_distance("lpips")
+    y = torch.randn(1, 1, 16, 16).clamp(-1, 1)
+    with torch.no_grad():
+        assert distance(y, y).item() == 0 < distance(y + 0.1, y).item()
+
+
 def test_lpips_without_its_weights_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.download_url_to_file", _unreachable)
@@ -525,3 +536,62 @@ def test_i22_two_far_modes(terms):
         assert at_the_other < 0.01 and near.std() < 0.1
     else:
         assert 0.4 < at_the_other < 0.6
+
+
+def moved_apart(**options):
+    """A DMD whose fake score and head are no longer the teacher's, with a batch of real images and pairs."""
+    torch.manual_seed(0)
+    distiller = DMD(small_teacher(), regression_loss="l2", **options)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in distiller.trainable["fake_score"].parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    x0, noise, target, real = torch.randn(4, 4, 1, 16, 16, generator=generator)
+    return distiller, x0.requires_grad_(True), BATCH | {"noise": noise, "target": target, "x0": real}
+
+
+def noised(distiller, x0, generator, level):
+    t = level(x0.shape[0], generator, None)
+    return VP.alpha_sigma(t)[0] * x0 + VP.alpha_sigma(t)[1] * normal(x0.shape, generator), t
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.25, 0.0), (0.5, 0.0, 0.3), (1.0, 0.25, 0.3)])
+def test_the_students_loss_is_the_sum_of_its_weighted_parts(weights):
+    matching, regression, gan = weights
+    distiller, x0, batch = moved_apart(matching_weight=matching, regression_weight=regression, gan_weight=gan)
+    loss = distiller.student_loss(x0, batch, torch.Generator().manual_seed(2))
+    generator = torch.Generator().manual_seed(2)
+    x_t, t = noised(distiller, x0, generator, distiller.student_level)
+    predictions = [denoiser(x_t, t, batch["cond"]) for denoiser in (distiller.teacher, distiller.fake_score)]
+    expected = matching * distribution_matching_loss(x0, *predictions)
+    if regression:
+        t = torch.full((4,), 999)
+        of_pairs = distiller.student(batch["noise"], t, batch["cond"])
+        expected = expected + regression * image_distance("l2")(of_pairs, batch["target"])
+    if gan:
+        expected = expected + gan * gan_losses(None, logits_of(distiller, x0, batch["cond"], generator))[1]
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+    gradients = [torch.autograd.grad(value, x0, retain_graph=True)[0] for value in (loss, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+
+
+def test_the_fake_scores_loss_is_denoising_and_the_weighted_critic():
+    distiller, x0, batch = moved_apart(gan_weight=0.3, gan_critic_weight=0.7)
+    loss = distiller.fake_score_loss(x0.detach(), batch, torch.Generator().manual_seed(2))
+    generator = torch.Generator().manual_seed(2)
+    x_t, t = noised(distiller, x0.detach(), generator, distiller.fake_score_level)
+    alpha, sigma = VP.alpha_sigma(t)
+    eps = (x_t - alpha * distiller.fake_score(x_t, t, batch["cond"])) / sigma
+    denoising = ((eps - (x_t - alpha * x0.detach()) / sigma) ** 2).mean()
+    real, fake = (logits_of(distiller, images, batch["cond"], generator) for images in (batch["x0"], x0.detach()))
+    torch.testing.assert_close(loss, denoising + 0.7 * gan_losses(real, fake)[0], rtol=1e-4, atol=1e-6)
+
+
+def logits_of(distiller, x0, cond, generator):
+    """The head on the features of the fake score's middle block, hooked here."""
+    features = []
+    hook = distiller.fake_score.network.mid_block.register_forward_hook(lambda m, i, output: features.append(output))
+    x_t, t = noised(distiller, x0, generator, distiller.fake_score_level)
+    distiller.fake_score(x_t, t, cond)
+    hook.remove()
+    return distiller.head(features[0])

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_unet
+from conftest import run_script, tiny_unet
 from datasets import Dataset
 from diffusers import (
     AutoencoderKL,
@@ -18,7 +18,6 @@ from diffusers import (
 from families import tiny_pipeline
 from PIL import Image
 from test_extractors import tiny_clip
-from test_text_to_image import run_script
 from test_trainer import run, script
 from transformers import CLIPTextConfig, CLIPTextModel
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from conftest import tiny_unet
 from families import tiny_pipeline
 
-from diffusers_onestep import DMD, GuidedDenoiser, SiD, Teacher
+from diffusers_onestep import DMD, Denoiser, GuidedDenoiser, SiD, Teacher, VPSchedule
 from diffusers_onestep.methods.base import normal
 from diffusers_onestep.methods.dmd import distribution_matching_loss
 
@@ -131,3 +132,11 @@ def test_i8_first_step_of_a_guided_dmd(teacher, batch):
     scale = (x0.detach() - teacher_x0).flatten(1).abs().mean(1).reshape(-1, 1, 1, 1)
     expected = -7.0 * (mu_c - mu_u) / scale
     torch.testing.assert_close(x0.grad * x0.numel(), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kappas", [(1.5, 1, 1, 1), (1, 1.5, 1.5, 1), (1, 1, 1, 1.5), 1.5])
+def test_kappas_need_a_null_condition(kappas):
+    unconditional = Denoiser(tiny_unet(), VPSchedule(torch.linspace(0.9999, 0.01, 1000)), "epsilon")
+    with pytest.raises(ValueError, match=r"`kappas` must be 1.0 for a teacher without a null condition"):
+        SiD(unconditional, kappas=kappas)
+    assert SiD(unconditional, kappas=1.0).fake_guidance == (1.0, 1.0)

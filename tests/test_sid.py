@@ -7,7 +7,9 @@ import torch
 from analytic import gaussian_denoiser, hermite_grid
 from conftest import tiny_unet
 
-from diffusers_onestep import Denoiser, EDMSchedule, FlowSchedule, SiD, VPSchedule
+from diffusers_onestep import Denoiser, EDMSchedule, FlowSchedule, SiD, VPSchedule, train
+from diffusers_onestep.arguments import TrainArguments
+from diffusers_onestep.data import Batches, Conditions
 from diffusers_onestep.ema import HalfLifeEMA
 from diffusers_onestep.methods.base import normal, sample_generators
 from diffusers_onestep.methods.dmd import distribution_matching_loss
@@ -303,6 +305,31 @@ def test_16_noise_per_sample_does_not_depend_on_the_split():
         for first in (0, 2)
     ]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_16_every_split_of_a_batch_trains_the_same_weights(tmp_path):
+    """Three updates on batches of 4 x 1, 2 x 2 and 1 x 4 samples x micro-batches."""
+    results = []
+    for size in (4, 2, 1):
+        distiller = small_sid()
+        start = [p.detach().clone() for p in distiller.student.network.parameters()]
+        # an epsilon far above the gradients' noise, or Adam turns rounding into full steps
+        args = TrainArguments(
+            str(tmp_path / str(size)),
+            train_batch_size=size,
+            gradient_accumulation_steps=4 // size,
+            max_train_steps=3,
+            learning_rate=1e-3,
+            adam_epsilon=1.0,
+            lr_scheduler="constant",
+        )
+        train(distiller, Batches(Conditions(BATCH["cond"]), size), args)
+        moved = [p - q for p, q in zip(distiller.student.network.parameters(), start, strict=True)]
+        results.append(torch.cat([m.detach().flatten() for m in moved]))
+    largest = results[0].abs().max().item()
+    assert largest > 1e-4
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=2e-3 * largest)
 
 
 def test_dropout_is_on_only_where_a_network_learns():

@@ -1,6 +1,5 @@
 """Text-to-image teachers of every family: conditions, all methods by their real scripts, students' pipelines."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,12 +9,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_script
 from families import BUILDERS, CALLS, tiny_pipeline
 from PIL import Image
 
 from diffusers_onestep import OneStepPipeline, Teacher
-from diffusers_onestep.arguments import parse_args
 
 FAMILIES = list(BUILDERS)
 STOCK = {
@@ -51,17 +49,6 @@ def folders(tmp_path_factory):
     )
     rows.save_to_disk(root / "images")
     return root
-
-
-def run_script(name, *flags):
-    """A script's `main` in this process, with flags as on its command line."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "training" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    presets = next((v for k, v in vars(module).items() if k.endswith("_PRESETS")), None)
-    arguments = [v for k, v in vars(module).items() if k.endswith("Arguments") and v.__module__ == name]
-    module.main(parse_args(arguments[0], [str(flag) for flag in flags], presets=presets))
 
 
 def flags(folders, family, output, **others):

@@ -7,18 +7,22 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from analytic import gaussian_denoiser
-from conftest import ROOT
+from conftest import ROOT, tiny_unet
+from PIL import Image
 from safetensors.torch import load_file
 
-from diffusers_onestep import DMD, EDMSchedule, OneStepPipeline, SiD, Teacher, train
+from diffusers_onestep import DMD, Denoiser, EDMSchedule, OneStepPipeline, SiD, Teacher, VPSchedule, train
 from diffusers_onestep.arguments import TrainArguments
 from diffusers_onestep.cli import main
-from diffusers_onestep.data import Batches, Conditions
+from diffusers_onestep.data import Batches, Conditions, LabelledImages
+from diffusers_onestep.distillation import student_hooks
 from diffusers_onestep.methods.base import Distiller, Paper
 from diffusers_onestep.run_folder import checkpoints, latest_checkpoint
+from diffusers_onestep.sampling import picture
 from diffusers_onestep.trainer import Trainer, optimizer_class
 
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
@@ -237,6 +241,34 @@ def test_a_fake_score_that_equals_the_teacher_moves_the_student_by_weight_decay_
     assert [p.item() for p in distiller.fake_score.parameters()] != pytest.approx([0.3, 0.5], rel=1e-3)
 
 
+def test_a_resumed_run_of_dmd2_has_bit_identical_weights(tmp_path):
+    """Specification of DMD, I25: with a GAN head, a three-step student, accumulation and an average of the weights."""
+    images = torch.randint(0, 256, (7, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    real = Batches(LabelledImages(images, torch.arange(7) % 3), 2)
+
+    def run(folder, steps, **other):
+        torch.manual_seed(0)  # of the head
+        schedule = VPSchedule(torch.linspace(0.9999, 0.01, 1000))
+        settings = {"fake_score_updates": 3, "gan_weight": 1e-2, "student_timesteps": [999, 600, 300]}
+        distiller = DMD(Denoiser(tiny_unet(classes=3), schedule, "epsilon"), **settings)
+        settings = {"learning_rate": 1e-3, "ema_halflife_kimg": 0.01, "gradient_accumulation_steps": 2}
+        settings |= {"train_batch_size": 2, "max_train_steps": steps, "checkpointing_steps": 2}
+        train(distiller, real, arguments(folder, lr_warmup_steps=2, **settings, **other))
+
+    run(tmp_path / "unbroken", 4)
+    run(tmp_path / "resumed", 2)
+    run(tmp_path / "resumed", 4, resume_from_checkpoint="latest")
+    whole, resumed = (latest_checkpoint(tmp_path / name) for name in ("unbroken", "resumed"))
+    assert whole.name == resumed.name == "step-000004"
+    files = sorted(path.name for path in whole.glob("*.safetensors"))
+    assert "ema.safetensors" in files and len(files) >= 3  # student, fake score with its head, average
+    for name in files:
+        first, second = load_file(whole / name), load_file(resumed / name)
+        assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first), name
+    before = load_file(checkpoints(tmp_path / "unbroken")[0] / "ema.safetensors")
+    assert any(not torch.equal(before[k], v) for k, v in load_file(whole / "ema.safetensors").items())
+
+
 def test_interrupted_checkpoint_is_absent(tmp_path, monkeypatch):
     monkeypatch.setattr("diffusers_onestep.trainer.write_json", _write_args_then_break)
     with pytest.raises(OSError, match="disk full"):
@@ -309,6 +341,27 @@ def test_a_quickstart_clears_no_other_runs_checkpoints(tmp_path):
     with pytest.raises(SystemExit):
         main(["quickstart", "--output_dir", str(tmp_path), "--max_train_steps", "1"])
     assert checkpoints(tmp_path)
+
+
+def test_samples_png_shows_teacher_and_student_on_the_same_noises(teacher_folder, tmp_path):
+    teacher = Teacher.from_pretrained(teacher_folder)
+    distiller = DMD(teacher)
+    with torch.no_grad():  # or both would be the teacher's
+        for parameter in distiller.student.network.parameters():
+            parameter += 0.01
+    _, validate = student_hooks(distiller, arguments(tmp_path, seed=3))
+    validate(tmp_path)
+    noise = torch.randn(20, 1, 16, 16, generator=torch.Generator().manual_seed(3))
+    cond = {"class_labels": torch.arange(20) % 3}
+    of_teacher = picture(teacher.sample(noise, cond, num_inference_steps=50))
+    with torch.no_grad():
+        of_student = picture(distiller.student(noise, torch.full((20,), 999), cond))
+    shown = torch.from_numpy(np.array(Image.open(tmp_path / "samples.png")))[::2, ::2]  # every pixel is a 2 x 2 square
+    shown = shown.reshape(4, 16, 10, 16).transpose(1, 2)  # (row, column, height, width)
+    for rows, expected in (((0, 2), of_teacher), ((1, 3), of_student)):
+        got = torch.cat([shown[row] for row in rows])[:, None].int()
+        assert (got - expected.int()).abs().max() <= 1 < expected.float().std()
+    assert not torch.equal(of_teacher, of_student)
 
 
 def test_clipping_warm_up_and_rates(tmp_path):

@@ -17,12 +17,20 @@ from diffusers_onestep.arguments import run_script
 from diffusers_onestep.data import join_pairs, write_pairs
 from diffusers_onestep.methods.base import normal, sample_generators
 from diffusers_onestep.prompts import read_prompts
+from diffusers_onestep.sampling import check_deterministic
 
 
 @dataclass
 class PairArguments:
     pretrained_teacher_model: str = field(metadata={"help": "A Hub id, a folder or a shipped name."})
     output_dir: str = field(metadata={"help": "New folder of the data set."})
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the teacher's repository; default: main."}
+    )
+    variant: str | None = field(
+        default=None,
+        metadata={"help": "Variant of the teacher's weight files, such as fp16; default: the plain ones."},
+    )
     num_pairs: int = field(default=10_000, metadata={"help": "Pairs to make; paper: 25,000 to 500,000."})
     num_inference_steps: int = field(default=50, metadata={"help": "Steps of the teacher's solver."})
     guidance_scale: float = field(
@@ -34,18 +42,36 @@ class PairArguments:
     resolution: int | None = field(
         default=None, metadata={"help": "Text-to-image: height and width in pixels; default: the teacher's."}
     )
+    embedded_guidance: float = field(default=3.5, metadata={"help": "What FLUX.1-dev's guidance embedding is fed."})
     batch_size: int = field(default=250, metadata={"help": "Pairs at a time."})
     seed: int = field(default=0, metadata={"help": "Seed of the noises."})
+
+    def __post_init__(self):
+        for name in ("num_pairs", "num_inference_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, but is {getattr(self, name)}.")
 
 
 def main(args: PairArguments) -> None:
     accelerator = Accelerator()
+    if args.num_pairs < accelerator.num_processes:
+        raise ValueError(
+            f"`num_pairs` must be at least the number of processes, {accelerator.num_processes}, but is "
+            f"{args.num_pairs}."
+        )
     folder = Path(args.output_dir)
     if folder.exists():
         raise ValueError(f"`output_dir` must not exist yet, but {args.output_dir!r} does.")
     teacher = Teacher.from_pretrained(
-        args.pretrained_teacher_model, device=accelerator.device, resolution=args.resolution
+        args.pretrained_teacher_model,
+        revision=args.revision,
+        variant=args.variant,
+        device=accelerator.device,
+        resolution=args.resolution,
+        embedded_guidance=args.embedded_guidance,
     )
+    solver = teacher.reference_scheduler
+    check_deterministic(solver, "scheduler")
     if teacher.takes_prompts != (args.prompts is not None):
         needed = "a file, for a text-to-image teacher" if teacher.takes_prompts else "None for this teacher"
         raise ValueError(f"`prompts` must be {needed}, but is {args.prompts!r}.")
@@ -75,7 +101,11 @@ def main(args: PairArguments) -> None:
     write_pairs(rows(), parts[accelerator.process_index], teacher.sample_shape)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        join_pairs(parts, folder)
+        names = ("pretrained_teacher_model", "revision", "num_inference_steps", "guidance_scale", "seed")
+        record = {name: getattr(args, name) for name in names} | {"scheduler": type(solver).__name__}
+        if teacher.takes_prompts:
+            record["embedded_guidance"] = args.embedded_guidance
+        join_pairs(parts, folder, record)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@
 
 from dataclasses import dataclass, field
 
-from diffusers_onestep import DMD
+from diffusers_onestep import DMD, Teacher
 from diffusers_onestep.arguments import run_script
-from diffusers_onestep.data import Batches, load_images
+from diffusers_onestep.data import Batches, LabelledImages, Samples, load_images
 from diffusers_onestep.distillation import DistanceArguments, DistillationArguments, train_student
 from diffusers_onestep.presets import DMD_PRESETS
 
@@ -51,13 +51,22 @@ def main(args: DMDArguments) -> None:
     for weight, name, source in (("regression_weight", "pairs", args.pairs), ("gan_weight", "dataset", images)):
         if getattr(args, weight) and source is None:
             raise ValueError(f"`{name}` must be given with a `{weight}` of {getattr(args, weight)}, but is None.")
+        if not getattr(args, weight) and getattr(args, name) is not None:
+            raise ValueError(f"`{name}` must be None without a `{weight}`, but is {getattr(args, name)!r}.")
     if args.regression_weight and args.gan_weight:
         raise ValueError("`regression_weight` and `gan_weight` must not both be set: DMD has the one, DMD2 the other.")
     if args.tiny_vae is not None and not args.regression_weight:
         raise ValueError(f"`tiny_vae` must be None without a `regression_weight`, but is {args.tiny_vae!r}.")
     teacher = args.load_teacher()
+    if teacher.takes_prompts and args.dataset is not None:
+        raise ValueError(
+            f"`dataset` must be None for a text-to-image teacher, whose images are those of `dataset_name`, but is "
+            f"{args.dataset!r}."
+        )
+    samples: Samples
     if args.gan_weight and not teacher.takes_prompts:
-        samples = load_images(args.dataset)
+        args.refuse_prompts()
+        samples = real_images(args.dataset, teacher)
     else:
         pairs = args.pairs if args.regression_weight else None
         samples = args.load_samples(teacher, images=bool(args.gan_weight), pairs=pairs)
@@ -80,6 +89,26 @@ def main(args: DMDArguments) -> None:
         lora=args.lora_config(),
     )
     train_student(distiller, Batches(samples, args.train_batch_size, args.seed), args, teacher)
+
+
+def real_images(dataset: str, teacher: Teacher) -> LabelledImages:
+    """The images of `load_images` as a pixel teacher takes them: of its shape, and with labels if it has any.
+
+    Raises:
+        ValueError: if they are of another shape, or lack its labels.
+    """
+    images, num_labels = load_images(dataset), teacher.num_labels
+    if (found := tuple(images.images.shape[1:])) != tuple(teacher.sample_shape):
+        raise ValueError(
+            f"`dataset` must hold images of the teacher's shape {tuple(teacher.sample_shape)} (channels, height, "
+            f"width), but those of {dataset!r} have {found}."
+        )
+    if num_labels is None:
+        return LabelledImages(images.images, None)
+    if images.labels is None or not 0 <= images.labels.min() <= images.labels.max() < num_labels:
+        found = "has none" if images.labels is None else f"has {sorted(set(images.labels.tolist()))[-1] + 1}"
+        raise ValueError(f"`dataset` must have labels of the teacher's {num_labels}, but {dataset!r} {found}.")
+    return images
 
 
 if __name__ == "__main__":

@@ -54,8 +54,14 @@ def main(args: TeacherArguments) -> None:
     images = load_images(args.dataset)
     if images.labels is None:
         raise ValueError(f"`dataset` must have labels, but {args.dataset!r} has none.")
+    _, channels, size, width = images.images.shape
+    multiple = 2 ** len(NETWORK["block_out_channels"])  # squares of two pixels, halved between levels
+    if size % multiple or width != size:
+        raise ValueError(
+            f"`dataset` must hold square images whose side is a multiple of {multiple}, but those of {args.dataset!r} "
+            f"are {size}x{width}: resize or pad them."
+        )
     torch.manual_seed(args.seed)
-    _, channels, size, _ = images.images.shape
     classes = len(images.names)
     network = SpaceToDepthUNet2DModel(
         sample_size=size,

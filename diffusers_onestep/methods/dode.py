@@ -16,6 +16,7 @@ from diffusers.utils import logging
 from tqdm.auto import tqdm
 
 from ..denoiser import Cond
+from ..sampling import check_deterministic
 from ..schedulers.scheduling_d_ode import (
     DistilledDPMSolverMultistepScheduler,
     DistilledEDMDPMSolverMultistepScheduler,
@@ -239,8 +240,8 @@ def nested_teacher(
             f"`teacher_scheduler` must have the student's prediction type {student.config.get('prediction_type')!r}, "
             f"but has {fine.config.get('prediction_type')!r}."
         )
-    if str(algorithm := fine.setting("algorithm_type")).startswith("sde") and not own:
-        raise ValueError(f"`teacher_scheduler` must be deterministic, but is {algorithm!r}.")
+    if not own:
+        check_deterministic(teacher_scheduler, "teacher_scheduler")
     if places := _places(student, fine, steps, scale, device, own):
         return (_on_grid_of(fine) if own else fine), places
     others = [c for c in range(2, min(20, trained // steps) + 1) if _places(student, fine, steps, c, device, own)]

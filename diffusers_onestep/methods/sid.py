@@ -149,6 +149,8 @@ class SiD(ScoreDistiller):
                     f"({self.teacher.guidance_scale}), but are {kappas}."
                 )
             self.teacher = self.teacher.denoiser
+        if four != [1.0] * 4 and not self.negative_cond:
+            raise ValueError(f"`kappas` must be 1.0 for a teacher without a null condition, but are {kappas}.")
         self.fake_guidance = (four[0], four[1])
         if four != [1.0] * 4:
             self.teacher = GuidedDenoiser(self.teacher, four[3], self.negative_cond)
