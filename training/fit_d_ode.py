@@ -83,6 +83,9 @@ def main(args: FitArguments) -> None:
         resolution=args.resolution,
         embedded_guidance=args.embedded_guidance,
     )
+    if teacher.takes_prompts != (args.prompts is not None):
+        needed = "a file, for a text-to-image teacher" if teacher.takes_prompts else "None for this teacher"
+        raise ValueError(f"`prompts` must be {needed}, but is {args.prompts!r}.")
     teacher.denoiser.autocast_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     settings = {} if args.solver_order is None else {"solver_order": args.solver_order}
     if teacher.scheduler.config.get("use_dynamic_shifting"):
@@ -197,9 +200,6 @@ def take_up(scheduler: DODESchedulerMixin, notes: dict, args: FitArguments) -> N
 
 def all_conditions(teacher: Teacher, args: FitArguments) -> dict[str, torch.Tensor]:
     """The conditions that are taken in turn: every label, or as many prompts of a file as there are samples."""
-    if teacher.takes_prompts != (args.prompts is not None):
-        needed = "a file, for a text-to-image teacher" if teacher.takes_prompts else "None for this teacher"
-        raise ValueError(f"`prompts` must be {needed}, but is {args.prompts!r}.")
     if args.prompts is None:
         return teacher.encode()
     lines = read_prompts(args.prompts)[: args.num_samples + args.num_holdout_samples]
