@@ -12,6 +12,7 @@ from pathlib import Path
 
 import emoji_sd
 import torch
+import torch.nn.functional as F
 from diffusers import ConsistencyModelPipeline, DDPMScheduler, EDMEulerScheduler
 
 from diffusers_onestep import Teacher, train
@@ -55,12 +56,13 @@ def main(args: TeacherArguments) -> None:
     if images.labels is None:
         raise ValueError(f"`dataset` must have labels, but {args.dataset!r} has none.")
     _, channels, size, width = images.images.shape
+    if width != size:
+        raise ValueError(f"`dataset` must hold square images, but those of {args.dataset!r} are {size}x{width}.")
     multiple = 2 ** len(NETWORK["block_out_channels"])  # squares of two pixels, halved between levels
-    if size % multiple or width != size:
-        raise ValueError(
-            f"`dataset` must hold square images whose side is a multiple of {multiple}, but those of {args.dataset!r} "
-            f"are {size}x{width}: resize or pad them."
-        )
+    if missing := -size % multiple:
+        before, size = missing // 2, size + missing
+        images.images = F.pad(images.images, (before, missing - before) * 2)
+        print(f"The images are padded with black to {size}x{size}, sides that are a multiple of {multiple}.")
     torch.manual_seed(args.seed)
     classes = len(images.names)
     network = SpaceToDepthUNet2DModel(
