@@ -174,7 +174,7 @@ class Pairs:
                     "distribution matching would pull the student to different images."
                 )
         if (made := self.record.get("pretrained_teacher_model", teacher)) != teacher:
-            logger.warning(f"`pairs` were made by {made!r}, which is hopefully the teacher {teacher!r} too.")
+            logger.warning(f"`pairs` were made by {made!r}: the teacher {teacher!r} must be the same model.")
         return self
 
 

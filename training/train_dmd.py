@@ -63,6 +63,9 @@ def main(args: DMDArguments) -> None:
             f"`dataset` must be None for a text-to-image teacher, whose images are those of `dataset_name`, but is "
             f"{args.dataset!r}."
         )
+    distance = args.regression_loss  # before prompts are encoded: its network may be missing
+    if args.regression_weight:
+        distance = args.model_distance(teacher, distance, "regression_loss")
     samples: Samples
     if args.gan_weight and not teacher.takes_prompts:
         args.refuse_prompts()
@@ -70,9 +73,6 @@ def main(args: DMDArguments) -> None:
     else:
         pairs = args.pairs if args.regression_weight else None
         samples = args.load_samples(teacher, images=bool(args.gan_weight), pairs=pairs)
-    distance = args.regression_loss
-    if args.regression_weight:
-        distance = args.model_distance(teacher, distance, "regression_loss")
     distiller = DMD(
         args.guided(teacher),
         start_ratio=args.start_ratio,
