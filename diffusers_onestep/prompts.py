@@ -54,6 +54,13 @@ def text_digest(teacher: Teacher) -> str:
     return digest(*parts)
 
 
+def check_prompts(wanted: bool, path: str | None) -> None:
+    """Raise a `ValueError` unless a file of prompts is given where the teacher takes them, and only there."""
+    if wanted != (path is not None):
+        needed = "a file, for a text-to-image teacher" if wanted else "None for this teacher"
+        raise ValueError(f"`prompts` must be {needed}, but is {path!r}.")
+
+
 def read_prompts(path: str) -> list[str]:
     """The prompts of a text file, one a line; blank lines are left out.
 

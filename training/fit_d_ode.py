@@ -24,7 +24,7 @@ from diffusers_onestep.arguments import HubArguments, run_script
 from diffusers_onestep.files import write_json
 from diffusers_onestep.methods.base import normal, sample_generators
 from diffusers_onestep.methods.dode import nested_teacher, paper
-from diffusers_onestep.prompts import read_prompts
+from diffusers_onestep.prompts import check_prompts, read_prompts
 from diffusers_onestep.records import RUN_RECORD, run_record, without_secret_settings
 from diffusers_onestep.repository import write_repository
 from diffusers_onestep.sampling import dynamic_shift
@@ -83,9 +83,7 @@ def main(args: FitArguments) -> None:
         resolution=args.resolution,
         embedded_guidance=args.embedded_guidance,
     )
-    if teacher.takes_prompts != (args.prompts is not None):
-        needed = "a file, for a text-to-image teacher" if teacher.takes_prompts else "None for this teacher"
-        raise ValueError(f"`prompts` must be {needed}, but is {args.prompts!r}.")
+    check_prompts(teacher.takes_prompts, args.prompts)
     teacher.denoiser.autocast_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     settings = {} if args.solver_order is None else {"solver_order": args.solver_order}
     if teacher.scheduler.config.get("use_dynamic_shifting"):

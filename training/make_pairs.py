@@ -16,7 +16,7 @@ from diffusers_onestep import Teacher
 from diffusers_onestep.arguments import run_script
 from diffusers_onestep.data import join_pairs, write_pairs
 from diffusers_onestep.methods.base import normal, sample_generators
-from diffusers_onestep.prompts import read_prompts
+from diffusers_onestep.prompts import check_prompts, read_prompts
 from diffusers_onestep.sampling import check_deterministic
 
 
@@ -72,9 +72,7 @@ def main(args: PairArguments) -> None:
     )
     solver = teacher.reference_scheduler
     check_deterministic(solver, "scheduler")
-    if teacher.takes_prompts != (args.prompts is not None):
-        needed = "a file, for a text-to-image teacher" if teacher.takes_prompts else "None for this teacher"
-        raise ValueError(f"`prompts` must be {needed}, but is {args.prompts!r}.")
+    check_prompts(teacher.takes_prompts, args.prompts)
     prompts = read_prompts(args.prompts) if args.prompts else None
     labels = {} if prompts else teacher.encode()
     own = torch.arange(args.num_pairs).tensor_split(accelerator.num_processes)[accelerator.process_index]
