@@ -1,6 +1,9 @@
 """Tiny real diffusers teachers."""
 
 import importlib.util
+import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,6 +27,25 @@ def run_script(name, *flags):
     presets = next((v for k, v in vars(module).items() if k.endswith("_PRESETS")), None)
     arguments = [v for k, v in vars(module).items() if k.endswith("Arguments") and v.__module__ == name]
     module.main(parse_args(arguments[0], [str(flag) for flag in flags], presets=presets))
+
+
+def script(name, *flags):
+    """The command line of a script of ours."""
+    return [sys.executable, str(ROOT / "training" / name), *map(str, flags)]
+
+
+def run(command, **environment):
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def two_ranks(*command):
+    """The command line that runs a Python file as two processes, which meet at a port that is free."""
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    return [*launcher, *map(str, command)]
 
 
 def tiny_unet(classes=None, seed=0, size=16, channels=1, out_channels=None):

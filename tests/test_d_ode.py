@@ -9,7 +9,7 @@ import runpy
 import diffusers
 import pytest
 import torch
-from conftest import ROOT, tiny_unet
+from conftest import ROOT, run, script, tiny_unet, two_ranks
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.utils import DummyObject
 from families import tiny_pipeline
@@ -471,28 +471,24 @@ def test_micro_batches_and_order_do_not_matter(name):
 
 
 TWO_RANKS = """
-import json
+import json, sys
+from pathlib import Path
 from test_d_ode import *
 state = diffusers_onestep.methods.dode.PartialState()
 noise = noises(60, seed=2).double()[state.process_index :: state.num_processes]
 report = fit(build("dpm2"), predict_for("dpm2"), 4, noise, batch_size=17)
 if state.is_main_process:
-    print(json.dumps([report.table["batch_size"], report.lambdas, report.stderr, report.heldout_mse]))
+    numbers = [report.table["batch_size"], report.lambdas, report.stderr, report.heldout_mse]
+    Path(sys.argv[1]).write_text(json.dumps(numbers))
 state.destroy_process_group()
 """
 
 
 def test_two_ranks_in_float64_agree_to_1e_10(tmp_path):
-    import sys
-
-    from conftest import ROOT
-    from test_trainer import run
-
     (tmp_path / "fit.py").write_text(TWO_RANKS)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29521"]
     environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    done = run([*launcher, str(tmp_path / "fit.py")], **environment)
-    count, lambdas, stderr, heldout_mse = json.loads(done.stdout.splitlines()[-1])
+    run(two_ranks(tmp_path / "fit.py", tmp_path / "numbers.json"), **environment)
+    count, lambdas, stderr, heldout_mse = json.loads((tmp_path / "numbers.json").read_text())
     whole = fit(build("dpm2"), predict_for("dpm2"), 4, noises(60, seed=2).double())
     assert count == 60 and any(any(row) for row in lambdas)
     for ours, theirs in ((whole.lambdas, lambdas), (whole.stderr, stderr)):
@@ -935,15 +931,11 @@ def test_only_classes_with_a_distilled_version_are_taken():
 
 
 def fit_script(*flags):
-    from test_trainer import script
-
     return script("fit_d_ode.py", *flags)
 
 
 @pytest.fixture(scope="module")
 def fitted_folder(teacher_folder, tmp_path_factory):
-    from test_trainer import run
-
     output = tmp_path_factory.mktemp("fitted")
     flags = {"pretrained_teacher_model": teacher_folder, "output_dir": output, "solver": "ddim", "scale": 5}
     flags |= {"num_samples": 12, "num_holdout_samples": 12, "batch_size": 5}
@@ -953,8 +945,6 @@ def fitted_folder(teacher_folder, tmp_path_factory):
 
 
 def test_the_script_writes_a_scheduler_that_keeps_earlier_tables(fitted_folder):
-    from test_trainer import run
-
     output, command = fitted_folder
     kept = diffusers_onestep.DistilledDDIMScheduler.from_pretrained(output, subfolder="scheduler")
     assert kept.fitted_steps == [4, 5]
@@ -1023,14 +1013,9 @@ def test_the_script_refuses_before_the_first_fit(fitted_folder, flags, message):
 
 
 def test_two_processes_fit_the_same_numbers_as_one(fitted_folder, tmp_path):
-    import sys
-
-    from test_trainer import run
-
     output, command = fitted_folder
     command = [str(tmp_path) if part == str(output) else part for part in command]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29519"]
-    run([*launcher, *command[1:]], ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
+    run(two_ranks(*command[1:]), ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
     one, two = (
         diffusers_onestep.DistilledDDIMScheduler.from_pretrained(folder, subfolder="scheduler").config.dode_tables
         for folder in (output, tmp_path)
@@ -1348,8 +1333,6 @@ def test_what_the_network_predicts_does_not_matter(name, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("teacher, solver", [("fashion32", "ddim"), ("fashion-edm", "edm-euler")])
 def test_the_comparison_runs_and_goes_on(teacher, solver, tmp_path):
-    from test_trainer import run, script
-
     flags = ["--pretrained_teacher_model", teacher, "--output_dir", tmp_path, "--num_samples", 250]
     flags += ["--solvers", solver, "--fit_samples", 10]
     run(script("compare_solvers.py", *flags, "--network_evaluations", 3, 5))

@@ -7,12 +7,11 @@ import shutil
 import pytest
 import torch
 from analytic import GaussianNetwork, gaussian_denoiser
-from conftest import tiny_unet
+from conftest import run, script, tiny_unet
 from diffusers import ConsistencyModelPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_arguments import script as module_of
-from test_trainer import run, script
 from torch import nn
 
 from diffusers_onestep import (

@@ -1,11 +1,10 @@
 import dataclasses
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_script, tiny_unet
+from conftest import run, run_script, script, tiny_unet, two_ranks
 from datasets import Dataset
 from diffusers import (
     AutoencoderKL,
@@ -18,7 +17,6 @@ from diffusers import (
 from families import tiny_pipeline
 from PIL import Image
 from test_extractors import tiny_clip
-from test_trainer import run, script
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffusers_onestep import Metrics, OneStepPipeline, Teacher, evaluate
@@ -48,8 +46,7 @@ def test_processes_share_the_sampling_and_find_the_same_numbers(tmp_path):
     Reference.load(None, FashionCNN.from_shipped()).save(tmp_path / "small.safetensors", features=200)
     flags += ["--num_samples", "60", "--batch_size", "20", "--metrics", *OF_PIXELS]
     flags += ["--reference", str(tmp_path / "small.safetensors")]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29523"]
-    commands = script("evaluate.py", *flags), [*launcher, *script("evaluate.py", *flags)[1:]]
+    commands = script("evaluate.py", *flags), two_ranks(*script("evaluate.py", *flags)[1:])
     results = []
     for name, command in zip(("one", "two"), commands, strict=True):
         run([*command, "--output_dir", str(tmp_path / name)], ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")

@@ -1,13 +1,10 @@
 """One trunk: student and fake score as adapters on the frozen teacher's own weights."""
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, tiny_unet
+from conftest import run, script, tiny_unet, two_ranks
 from diffusers import (
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -392,17 +389,10 @@ def sid_flags(teacher, output, steps=4, **other):
     return [part for key, value in flags.items() for part in (f"--{key}", str(value))]
 
 
-def run(*command, **environment):
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, env=os.environ | environment, timeout=500
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 @pytest.fixture(scope="module")
 def unbroken(teacher_folder, tmp_path_factory):
     output = tmp_path_factory.mktemp("lora")
-    run(ROOT / "training" / "train_sid.py", *sid_flags(teacher_folder, output))
+    run(script("train_sid.py", *sid_flags(teacher_folder, output)))
     return output
 
 
@@ -424,11 +414,8 @@ def test_a_run_saves_a_whole_student_and_small_checkpoints(unbroken, teacher_fol
 
 
 def test_resumed_run_has_bit_identical_adapters(unbroken, teacher_folder, tmp_path):
-    run(ROOT / "training" / "train_sid.py", *sid_flags(teacher_folder, tmp_path, steps=2))
-    run(
-        ROOT / "training" / "train_sid.py",
-        *sid_flags(teacher_folder, tmp_path, resume_from_checkpoint="latest"),
-    )
+    run(script("train_sid.py", *sid_flags(teacher_folder, tmp_path, steps=2)))
+    run(script("train_sid.py", *sid_flags(teacher_folder, tmp_path, resume_from_checkpoint="latest")))
     assert [path.name for path in checkpoints(tmp_path)] == ["step-000002", "step-000004"]
     for name in ("model.safetensors", "model_1.safetensors", "ema.safetensors"):
         first, second = (load_file(latest_checkpoint(folder) / name) for folder in (tmp_path, unbroken))
@@ -437,8 +424,7 @@ def test_resumed_run_has_bit_identical_adapters(unbroken, teacher_folder, tmp_pa
 
 def test_two_ranks_equal_one_process(unbroken, teacher_folder, tmp_path):
     run(
-        *("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29571),
-        *(ROOT / "training" / "train_sid.py", *sid_flags(teacher_folder, tmp_path, train_batch_size=2)),
+        two_ranks(*script("train_sid.py", *sid_flags(teacher_folder, tmp_path, train_batch_size=2))[1:]),
         ACCELERATE_USE_CPU="true",
     )
     assert (latest_checkpoint(tmp_path) / "random_states_1.pkl").is_file()  # there really were two

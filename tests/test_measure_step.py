@@ -4,8 +4,8 @@ import json
 import re
 
 import pytest
+from conftest import run, script
 from test_plan import CONFIG
-from test_trainer import run, script
 
 
 @pytest.mark.parametrize(

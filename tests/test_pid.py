@@ -5,9 +5,8 @@ import shutil
 import pytest
 import torch
 from analytic import GaussianNetwork, gaussian_denoiser, kinds_of_teachers
-from conftest import tiny_unet
+from conftest import run, script, tiny_unet
 from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
-from test_trainer import run, script
 from torch import nn
 
 from diffusers_onestep import (

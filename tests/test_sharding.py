@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import two_ranks
 from families import tiny_pipeline
 from safetensors.torch import load_file
 
@@ -82,9 +83,8 @@ def on_two_ranks(root):
 def ranks(tmp_path_factory):
     """The folder that two ranks have left."""
     root = tmp_path_factory.mktemp("ranks")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29557"]
     done = subprocess.run(
-        [*launcher, __file__, str(root)],
+        two_ranks(__file__, root),
         env=os.environ | LAUNCHER,
         capture_output=True,
         text=True,

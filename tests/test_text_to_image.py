@@ -9,7 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, run_script, two_ranks
 from families import BUILDERS, CALLS, tiny_pipeline
 from PIL import Image
 
@@ -257,11 +257,10 @@ def test_two_real_ranks_equal_one_process(folders, tmp_path):
     command = [sys.executable, str(ROOT / "training" / "train_sid.py")]
     more = {"cache_dir": tmp_path / "cache", **settings}
     run_script("train_sid", *flags(folders, "sd", one, gradient_accumulation_steps=2, **settings))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29537"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     parts = [str(flag) for flag in flags(folders, "sd", two, **more)]
     done = subprocess.run(
-        [*launcher, *command[1:], *parts], env=environment, capture_output=True, text=True, timeout=900
+        two_ranks(*command[1:], *parts), env=environment, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(list((tmp_path / "cache" / "text").rglob("*.safetensors"))) == len(PROMPTS)

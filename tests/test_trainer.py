@@ -1,9 +1,7 @@
 import json
-import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -11,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from analytic import gaussian_denoiser
-from conftest import ROOT, tiny_unet
+from conftest import run, script, tiny_unet, two_ranks
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -28,10 +26,6 @@ from diffusers_onestep.trainer import Trainer, optimizer_class
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 
 
-def script(name, *flags):
-    return [sys.executable, str(ROOT / "training" / name), *map(str, flags)]
-
-
 def sid_flags(teacher, output, steps=6, **other):
     flags = {
         "pretrained_teacher_model": teacher,
@@ -43,12 +37,6 @@ def sid_flags(teacher, output, steps=6, **other):
         "logging_steps": 1,
     } | other
     return [part for key, value in flags.items() for part in (f"--{key}", str(value))]
-
-
-def run(command, **environment):
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
 
 
 @pytest.fixture(scope="session")
@@ -119,8 +107,7 @@ def test_two_real_ranks_agree_with_one_process(teacher_folder, tmp_path):
     shared = {"steps": 2, "train_batch_size": 2, "adam_epsilon": 1.0}
     run(script("train_sid.py", *sid_flags(teacher_folder, one, gradient_accumulation_steps=2, **shared)))
     command = script("train_sid.py", *sid_flags(teacher_folder, two, **shared))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
-    run([*launcher, *command[1:]], ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
+    run(two_ranks(*command[1:]), ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
     assert (latest_checkpoint(two) / "random_states_1.pkl").is_file()  # there really were two
     start = load_file(teacher_folder / WEIGHTS)
     results = [load_file(output / WEIGHTS) for output in (one, two)]
