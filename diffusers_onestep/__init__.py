@@ -41,7 +41,8 @@ _PUBLIC = {
     "prompts": ["PromptEmbeddings", "CaptionedLatents"],
     "models": ["EDMUNet2DModel", "EDM2UNet2DModel", "SpaceToDepthUNet2DModel"],
     "repository": ["shipped_model"],
-    "evaluation": ["evaluate", "Metrics"],
+    "evaluation": ["evaluate"],
+    "reports": ["Metrics"],
     "hub": ["create_model_card", "push_student"],
     "conversion": ["convert"],
 }
@@ -75,7 +76,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from .conversion import convert
     from .denoiser import Denoiser, GuidedDenoiser
-    from .evaluation import Metrics, evaluate
+    from .evaluation import evaluate
     from .hub import create_model_card, push_student
     from .methods.dkdm import DKDM
     from .methods.dmd import DMD
@@ -94,6 +95,7 @@ if TYPE_CHECKING:
         OneStepStableDiffusionXLPipeline,
     )
     from .prompts import CaptionedLatents, PromptEmbeddings
+    from .reports import Metrics
     from .repository import shipped_model
     from .schedulers import (
         DistilledDDIMScheduler,

@@ -91,10 +91,10 @@ def quickstart(
     from . import OneStepPipeline, SiD, Teacher, create_model_card, evaluate
     from .data import Batches, Conditions
     from .distillation import DistillationArguments, train_student
-    from .evaluation import markdown_table, write_metrics
     from .files import read_json
     from .presets import FASHION32_QUICKSTART
     from .records import command_line
+    from .reports import markdown_table, write_metrics
 
     started = time.perf_counter()
     if "OMP_NUM_THREADS" not in os.environ:

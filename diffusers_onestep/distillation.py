@@ -14,7 +14,6 @@ from torch import nn
 from .arguments import TrainArguments
 from .data import Batches, Conditions, Samples, load_pairs
 from .denoiser import Cond, Denoiser, GuidedDenoiser
-from .evaluation import comparison_grid, noises_and_labels, spread
 from .health import Images, Watch
 from .lora import is_adapted, merged, save_lora_weights
 from .methods.base import Distiller, OneStepDistiller
@@ -30,7 +29,9 @@ from .prompts import (
     load_rows,
     read_prompts,
 )
+from .reports import comparison_grid
 from .repository import keep_parts, write_repository
+from .sampler import noises_and_labels, spread
 from .sampling import picture, sample
 from .teacher import Teacher
 from .trainer import train

@@ -15,10 +15,11 @@ import torch
 
 from .arguments import TrainArguments
 from .denoiser import Cond
-from .evaluation import noises_and_labels, part_of, save_figure
 from .features import FashionCNN, load_extractor
 from .metrics import diversity, frechet_distance_of_moments, moments, square_root
 from .reference import Reference
+from .reports import save_figure
+from .sampler import noises_and_labels, part_of
 from .sampling import picture
 from .teacher import Teacher
 

@@ -17,10 +17,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from .conditions import label_embeddings
-from .evaluation import markdown_table
 from .files import read_json, write_text
 from .lora import LORA_WEIGHTS
 from .records import RUN_RECORD, without_secrets
+from .reports import markdown_table
 from .repository import ASSETS, resolve_model
 
 logger = logging.get_logger(__name__)

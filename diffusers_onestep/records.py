@@ -1,25 +1,29 @@
 """What a run writes down about itself, so that its card can be made from the folder alone; never a secret."""
 
 import os
+import platform
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
+from accelerate import PartialState
 from huggingface_hub import ModelCard, get_token, hf_hub_download
 from yaml import YAMLError
 
-from .evaluation import provenance
 from .files import read_json
 from .methods.base import Paper
 from .repository import resolve_model
 
 RUN_RECORD = "training_run.json"  # beside training_args.json: what was asked for; here: what it came to
+PACKAGES = ("diffusers-onestep", "torch", "diffusers", "transformers", "torch-fidelity")
 
 HIDDEN = "REDACTED"
 _SECRET_NAME = re.compile(r"(?:^|[_-])(?:token|secret|password|passwd|passphrase|credentials?|(?:api)?key)$", re.I)
@@ -132,3 +136,24 @@ def run_record(
         "revision": revision,
         "license": license_of(teacher, revision) if teacher else {"license": license} if license else {},
     } | provenance(command_line())
+
+
+def provenance(command: str) -> dict[str, Any]:
+    """What numbers were measured with: command, versions, hardware."""
+    return {
+        "command": command,
+        "versions": {"python": platform.python_version()} | _versions(PACKAGES),
+        "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+        f"{PartialState().num_processes} processes with {torch.get_num_threads()} threads each, "
+        f"{'cuda' if torch.cuda.is_available() else 'no GPU'}",
+    }
+
+
+def _versions(names: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue  # an extra that is not installed took no part
+    return found

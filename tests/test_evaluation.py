@@ -20,20 +20,11 @@ from test_extractors import tiny_clip
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffusers_onestep import Metrics, OneStepPipeline, Teacher, evaluate
-from diffusers_onestep.evaluation import (
-    METRICS,
-    Score,
-    conditions,
-    evaluations_of,
-    generate,
-    markdown_table,
-    measure,
-    quality_plot,
-    sampler,
-    write_metrics,
-)
+from diffusers_onestep.evaluation import METRICS, generate, measure
 from diffusers_onestep.features import FashionCNN, load_extractor
 from diffusers_onestep.reference import Reference
+from diffusers_onestep.reports import Score, markdown_table, quality_plot, write_metrics
+from diffusers_onestep.sampler import conditions, evaluations_of, sampler
 from diffusers_onestep.sampling import picture
 from diffusers_onestep.schedulers import solver_for, student_scheduler
 

@@ -12,9 +12,9 @@ from diffusers_onestep import OneStepPipeline, SiD, Teacher, train
 from diffusers_onestep.arguments import TrainArguments
 from diffusers_onestep.data import Batches, Conditions
 from diffusers_onestep.distillation import validation
-from diffusers_onestep.evaluation import spread
 from diffusers_onestep.health import PATIENCE, WINDOW, Health, Watch, draw_health, read_log, warnings
 from diffusers_onestep.run_folder import latest_checkpoint
+from diffusers_onestep.sampler import spread
 
 
 def updates(lag, number=WINDOW):

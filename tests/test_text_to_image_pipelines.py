@@ -13,8 +13,8 @@ from families import CALLS, tiny_pipeline
 from hub_server import LocalHub
 
 from diffusers_onestep import DistilledDDIMScheduler, OneStepPipeline, Teacher
-from diffusers_onestep.evaluation import sample_shape
 from diffusers_onestep.pipelines import pipeline_text_to_image
+from diffusers_onestep.sampler import sample_shape
 
 FOUR = [999, 749, 499, 249]
 

@@ -16,10 +16,10 @@ from diffusers import UniPCMultistepScheduler
 
 from diffusers_onestep import Metrics, Teacher, evaluate, fit_d_ode
 from diffusers_onestep.arguments import run_script
-from diffusers_onestep.evaluation import noises_and_labels, provenance
 from diffusers_onestep.files import write_json
 from diffusers_onestep.methods.dode import DODEReport, end_of, trajectory
-from diffusers_onestep.records import command_line
+from diffusers_onestep.records import command_line, provenance
+from diffusers_onestep.sampler import noises_and_labels
 from diffusers_onestep.schedulers import DODESchedulerMixin, distilled_copy, solver_for
 
 SOLVERS = ["ddim", "pndm", "ipndm", "dpmsolver++", "deis", "euler", "heun"]

@@ -27,28 +27,13 @@ from diffusers import DiffusionPipeline
 
 from diffusers_onestep import Metrics, OneStepPipeline, OneStepScheduler, Teacher, create_model_card
 from diffusers_onestep.arguments import HubArguments, run_script
-from diffusers_onestep.evaluation import (
-    AGAINST_IMAGES,
-    METRICS,
-    check_metrics,
-    comparison_grid,
-    conditions,
-    extract,
-    generate,
-    image_shape,
-    markdown_table,
-    measure,
-    network_of,
-    quality_plot,
-    sampler,
-    stated,
-    takes_prompts,
-    write_metrics,
-)
+from diffusers_onestep.evaluation import AGAINST_IMAGES, METRICS, check_metrics, extract, generate, measure
 from diffusers_onestep.features import EXTRACTORS, load_extractor
 from diffusers_onestep.prompts import read_prompts
 from diffusers_onestep.records import command_line
 from diffusers_onestep.reference import Reference
+from diffusers_onestep.reports import comparison_grid, markdown_table, quality_plot, stated, write_metrics
+from diffusers_onestep.sampler import conditions, image_shape, network_of, sampler, takes_prompts
 
 PICTURES = 20  # on samples.png, of each model
 

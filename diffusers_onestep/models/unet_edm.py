@@ -156,11 +156,9 @@ def label_vectors(class_labels: torch.Tensor | None, classes: int, like: torch.T
     if class_labels is None:
         return like.new_zeros(like.shape[0], classes)
     if class_labels.ndim == 1:
-        try:
+        try:  # torch looks at labels on the CPU; to look at others would wait for their device
             return F.one_hot(class_labels.long(), classes).to(like.dtype)
-        except (
-            RuntimeError
-        ) as error:  # torch looks at labels on the CPU; looking at others would wait for their device
+        except RuntimeError as error:
             if "Class values" not in str(error):
                 raise
             least, largest = (value.item() for value in class_labels.aminmax())

@@ -1,0 +1,169 @@
+"""Any model, teacher or pipeline, as a function from the noises and conditions that all models share to pixels."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, EDMEulerScheduler, SchedulerMixin
+
+from .families import family_of
+from .network_calls import sample_shape_of
+from .sampling import picture
+from .teacher import Teacher
+
+Sampler = Callable[[torch.Tensor, dict[str, Any], torch.Generator | None], torch.Tensor]
+
+
+def sample_shape(
+    pipeline: Teacher | DiffusionPipeline, resolution: int | tuple[int, int] | None = None
+) -> tuple[int, int, int]:
+    """`(C, H, W)` of the noises that a model starts from, a text-to-image pipeline at `resolution` pixels."""
+    family = None if isinstance(pipeline, Teacher) else family_of(pipeline)
+    if resolution is not None and family is None:
+        raise ValueError(
+            f"`resolution` must be None for a {type(pipeline).__name__}, whose size is its own, but is {resolution}."
+        )
+    if hasattr(pipeline, "sample_shape"):
+        return tuple(pipeline.sample_shape)
+    network = network_of(pipeline)
+    if family is not None:
+        height, width = (side // pipeline.vae_scale_factor for side in family.size(pipeline, resolution))
+        return family.latent_channels(network), height, width
+    return sample_shape_of(network)
+
+
+def image_shape(
+    pipeline: Teacher | DiffusionPipeline, resolution: int | tuple[int, int] | None = None
+) -> tuple[int, int, int]:
+    """`(C, H, W)` of a model's images, those of a text-to-image pipeline at `resolution` pixels."""
+    if isinstance(pipeline, Teacher):
+        return (3, *pipeline.resolution) if pipeline.takes_prompts else tuple(pipeline.sample_shape)
+    family = family_of(pipeline)
+    return (3, *family.size(pipeline, resolution)) if family else sample_shape(pipeline, resolution)
+
+
+def network_of(pipeline: Teacher | DiffusionPipeline) -> torch.nn.Module:
+    """The network whose evaluations are counted."""
+    if isinstance(pipeline, Teacher):
+        return pipeline.denoiser.network
+    return getattr(pipeline, "unet", None) or pipeline.transformer
+
+
+def takes_prompts(pipeline: Teacher | DiffusionPipeline) -> bool:
+    """Whether images are asked for by prompts."""
+    if isinstance(pipeline, Teacher):
+        return pipeline.takes_prompts
+    return "prompt" in inspect.signature(type(pipeline).__call__).parameters
+
+
+def spread(count: int, available: int) -> list[int]:
+    """Which of the `available` prompts `count` samples have: all in turn or, with fewer samples than prompts, some
+    from beginning to end, since files of prompts are often sorted by what they show."""
+    return [i * available // count if count < available else i % available for i in range(count)]
+
+
+def noises_and_labels(
+    shape: Sequence[int], num_labels: int | None, num_samples: int, seed: int, prompts: Sequence[str] | None = None
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The same unit-variance noises for every model, and labels in turn or prompts (see `spread`): `(N, C, H, W)` and
+    a `cond`."""
+    noise = torch.randn(num_samples, *shape, generator=torch.Generator().manual_seed(seed))
+    if prompts is not None:
+        return noise, {"prompt": [prompts[i] for i in spread(num_samples, len(prompts))]}
+    return noise, {} if num_labels is None else {"class_labels": torch.arange(num_samples) % num_labels}
+
+
+def conditions(
+    pipeline: Teacher | DiffusionPipeline,
+    num_samples: int,
+    seed: int,
+    prompts: Sequence[str] | None,
+    resolution: int | tuple[int, int] | None = None,
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """`noises_and_labels` of one model."""
+    if takes_prompts(pipeline) != (prompts is not None):
+        wants = "prompts" if takes_prompts(pipeline) else "no prompts"
+        raise ValueError(
+            f"`prompts` must be {'given for a text-to-image model' if prompts is None else 'None for a pixel model'}: "
+            f"this {type(pipeline).__name__} takes {wants}."
+        )
+    num_labels = None if prompts is not None else pipeline.num_labels
+    return noises_and_labels(sample_shape(pipeline, resolution), num_labels, num_samples, seed, prompts)
+
+
+def part_of(cond: dict[str, Any], places: Sequence[int]) -> dict[str, Any]:
+    """Conditions of some of the samples."""
+    return {k: v[places] if isinstance(v, torch.Tensor) else [v[i] for i in places] for k, v in cond.items()}
+
+
+def sampler(
+    pipeline: Teacher | DiffusionPipeline,
+    *,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    scheduler: SchedulerMixin | None = None,
+) -> Sampler:
+    """A model as a function from unit-variance noises, conditions and a generator to uint8 pixels `(B, C, H, W)`.
+
+    A pixel model of many steps is sampled as a teacher is, whose noises and solver it shares: by DDIM where its
+    scheduler is DDPM, by Heun's method where it is EDM's.
+    """
+    many_steps = getattr(pipeline, "student_steps", None) is None and not takes_prompts(pipeline)
+    if many_steps and type(pipeline.scheduler) in (DDPMScheduler, DDIMScheduler, EDMEulerScheduler):
+        pipeline = pipeline if isinstance(pipeline, Teacher) else Teacher(pipeline)
+    if isinstance(pipeline, Teacher):
+        if num_inference_steps is None:
+            raise ValueError("`num_inference_steps` must be given for a teacher.")
+        if not pipeline.takes_prompts:
+
+            def run(noise, cond, generator):
+                return picture(
+                    pipeline.sample(
+                        noise,
+                        cond,
+                        num_inference_steps=num_inference_steps,
+                        guidance_scale=1.0 if guidance_scale is None else guidance_scale,
+                        scheduler=scheduler,
+                    )
+                )
+
+            return run
+        guidance = pipeline.family.guidance(pipeline, 1.0 if guidance_scale is None else guidance_scale)
+        pipeline = pipeline.pipeline
+    else:
+        guidance = {"guidance_scale": guidance_scale}
+    if scheduler is not None:
+        raise ValueError("`scheduler` must be None for a student, which has its own, and for text-to-image models.")
+    pipeline.set_progress_bar_config(disable=True)
+    given = {"num_inference_steps": num_inference_steps} | guidance
+    given = {k: v for k, v in given.items() if v is not None}
+    device, prompted, family = pipeline.device, takes_prompts(pipeline), family_of(pipeline)
+
+    @torch.no_grad()
+    def run(noise, cond, generator):
+        cond = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in cond.items()}
+        latents = noise.to(device, network_of(pipeline).dtype)
+        output = "pt" if prompted else "latent"
+        start = family.start(pipeline, latents) if family else {"latents": latents}
+        images = pipeline(**start, generator=generator, output_type=output, **cond, **given).images
+        return picture(2 * images - 1) if prompted else picture(images)
+
+    return run
+
+
+@contextmanager
+def evaluations_of(network: torch.nn.Module):
+    """Count the samples that `network` is evaluated on: guidance counts twice, whether batched or not."""
+    seen = [0]
+
+    def note(module, args, kwargs):
+        sample = next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim > 2)
+        seen[0] += len(sample)
+
+    handle = network.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
