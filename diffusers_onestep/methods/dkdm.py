@@ -270,7 +270,7 @@ class Reservoir:
         """
         if not paths:
             raise ValueError("`paths` must name the files of a reservoir, but there are none.")
-        sizes = []
+        sizes = {}
         for path in sorted(paths):
             with safe_open(path, "pt") as file:
                 steps, (size, *shape) = json.loads(file.metadata()["num_timesteps"]), file.get_slice("x").get_shape()
@@ -279,19 +279,18 @@ class Reservoir:
                     f"`path` {str(path)!r} must hold trajectories of {self.num_timesteps} steps of shape "
                     f"{tuple(self.x.shape[1:])}, but holds {steps} steps of {tuple(shape)}."
                 )
-            sizes.append(size)
-        places = torch.arange(sum(sizes)).tensor_split(ranks)[rank]
+            sizes[path] = size
+        share = torch.arange(sum(sizes.values())).tensor_split(ranks)[rank].tolist()
         for name in ("x", "r", "row", "offset"):
             held = getattr(self, name)
-            own = torch.empty(len(places), *held.shape[1:], dtype=held.dtype, pin_memory=held.is_pinned())
-            before = 0  # slots of the files that have been passed
-            for path, size in zip(sorted(paths), sizes, strict=True):
-                here = places[(places >= before) & (places < before + size)] - before
-                if len(here):
-                    first = before + here[0] - places[0]
+            own = torch.empty(len(share), *held.shape[1:], dtype=held.dtype, pin_memory=held.is_pinned())
+            start = 0  # of a file's slots among all
+            for path, size in sizes.items():
+                low, high = max(share[0], start), min(share[-1] + 1, start + size)
+                if low < high:
                     with safe_open(path, "pt") as file:
-                        own[first : first + len(here)] = file.get_slice(name)[here[0].item() : here[-1].item() + 1]
-                before += size
+                        own[low - share[0] : high - share[0]] = file.get_slice(name)[low - start : high - start]
+                start += size
             setattr(self, name, own)
         if self.row.max() >= len(self.cond):
             raise ValueError(f"`cond` must have the rows of the saved trajectories, but has {len(self.cond)}.")
