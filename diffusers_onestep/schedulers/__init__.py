@@ -1,6 +1,5 @@
 from .scheduling_d_ode import (
     DISTILLED_SCHEDULERS,
-    SOLVERS,
     DistilledDDIMScheduler,
     DistilledDEISMultistepScheduler,
     DistilledDPMSolverMultistepScheduler,
@@ -12,10 +11,10 @@ from .scheduling_d_ode import (
     DistilledPNDMScheduler,
     DODESchedulerMixin,
     distilled_copy,
-    solver_for,
 )
 from .scheduling_edm_heun import EDMHeunScheduler
 from .scheduling_one_step import OneStepScheduler, OneStepSchedulerOutput, student_scheduler
+from .solvers import SOLVERS, solver_for
 
 __all__ = [
     "DISTILLED_SCHEDULERS",
