@@ -145,7 +145,7 @@ def sample(
     import torch
 
     from . import OneStepPipeline, Teacher
-    from .sampling import check_picture, deterministic, picture, save_grid
+    from .pictures import check_picture, picture, save_grid
 
     check_picture(Path(output), "output")
     pipeline = OneStepPipeline.from_pretrained(model)
@@ -165,7 +165,12 @@ def sample(
     if prompts:
         raise ValueError(f"`prompts` must not be given for a student that takes none, but are {prompts}.")
     if pipeline.student_steps is None:  # as teachers are sampled
-        pipeline.scheduler = deterministic(Teacher(pipeline).reference_scheduler)
+        pipeline.scheduler = Teacher(pipeline).reference_scheduler
+    if pipeline.sample_shape[0] not in (1, 3):
+        raise ValueError(
+            f"`model` must make images, but {model!r} makes latents of {pipeline.sample_shape[0]} channels: its card "
+            "says how to decode them."
+        )
     labels = [int(label) if label.isdigit() else label for label in class_labels] if class_labels else None
     batch_size = len(labels) if labels else num_images
     images = pipeline(batch_size, class_labels=labels, output_type="pt", **settings).images

@@ -43,7 +43,7 @@ def label_ids(labels: Labels, num_labels: int, id2label: dict[int, str] | None) 
 
 
 def label_embeddings(network: Any) -> int | None:
-    """How many labels a network (or one of this config) embeds, a null label included where it is one of them; None if
+    """How many labels `network`, or one of this config, embeds, a null label included where it is one of them; None if
     it takes none."""
     config = getattr(network, "config", network)
     return config.get("num_class_embeds", config.get("num_embeds_ada_norm"))

@@ -19,6 +19,7 @@ from .lora import is_adapted, merged, save_lora_weights
 from .methods.base import Distiller, OneStepDistiller
 from .methods.distances import PERCEPTUAL, Decoded
 from .methods.dkdm import DKDM
+from .pictures import picture
 from .prompts import (
     DEFAULT_CACHE,
     CaptionedLatents,
@@ -31,8 +32,8 @@ from .prompts import (
 )
 from .reports import comparison_grid
 from .repository import keep_parts, write_repository
-from .sampler import noises_and_labels, spread
-from .sampling import picture, sample
+from .sampler import shared_inputs, spread
+from .sampling import sample
 from .teacher import Teacher
 from .trainer import train
 
@@ -106,15 +107,15 @@ class TeacherArguments(TrainArguments):
         """What batches are drawn from: conditions (every label, or what `prompts`, `prompt` or `dataset_name` say),
         with real `images` of `dataset_name`, or teacher `pairs`. Text encoders, which are not needed after that, are
         saved to the output folder and freed."""
-        rows = None
+        paired = None
         if pairs is not None:
             guidance = {"guidance_scale": self.guidance_scale}
             if teacher.takes_prompts:
                 guidance["embedded_guidance"] = self.embedded_guidance
-            rows = load_pairs(pairs).check(teacher.sample_shape, self.pretrained_teacher_model, **guidance)
+            paired = load_pairs(pairs).check(teacher.sample_shape, self.pretrained_teacher_model, **guidance)
         if not teacher.takes_prompts:
             self.refuse_prompts()
-            return rows or Conditions(teacher.encode())
+            return Conditions(teacher.encode()) if paired is None else paired
         given = self.prompt_sources() | ({} if pairs is None else {"pairs": pairs})
         if len(given) != 1 or (images and "dataset_name" not in given):
             needed = "`dataset_name`" if images else "One of `prompts` and `dataset_name` (or `prompt`, or `pairs`)"
@@ -122,8 +123,8 @@ class TeacherArguments(TrainArguments):
         accelerator = Accelerator(mixed_precision=self.mixed_precision)
         how = {"cache_dir": self.cache_dir, "batch_size": self.encoding_batch_size, "device": accelerator.device}
         samples: Samples
-        if rows is not None:
-            samples = PromptPairs(teacher, rows.rows, **how)
+        if paired is not None:
+            samples = PromptPairs(teacher, paired.rows, **how)
         elif self.prompts is not None:
             samples = PromptEmbeddings(teacher, read_prompts(self.prompts), **how)
         elif self.prompt is not None:
@@ -249,7 +250,7 @@ def student_hooks(
         return teacher.student_pipeline(whole, **distiller.student_settings)
 
     # a start that it can not make is an error now, not after the training
-    teacher.student_pipeline(network(), **distiller.student_settings)
+    teacher.student_pipeline(teacher.denoiser.network, **distiller.student_settings)
 
     def run(noise, cond, generator):
         device = next(network().parameters()).device
@@ -342,7 +343,7 @@ def validation(
     def validate(folder: Path) -> dict[str, float]:
         cond = prompts(PROMPTED_PICTURES)
         count = len(next(iter(cond.values()))) if cond else PICTURES
-        noise, labels = noises_and_labels(teacher.sample_shape, teacher.num_labels, count, args.seed)
+        noise, labels = shared_inputs(teacher.sample_shape, teacher.num_labels, count, args.seed)
         comparison_grid(above, below, noise, cond or labels, folder / "samples.png")
         return watch(student) if watch else {}
 

@@ -33,7 +33,7 @@ from .metrics import (
 )
 from .reference import Reference
 from .reports import Metrics, Score
-from .sampler import conditions, evaluations_of, network_of, part_of, sampler
+from .sampler import evaluations_of, inputs_of, network_of, part_of, sampler
 from .teacher import Teacher
 
 METRICS = (
@@ -111,7 +111,7 @@ def generate(
     run = sampler(
         pipeline, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, scheduler=scheduler
     )
-    noise, cond = conditions(pipeline, num_samples, seed, prompts, resolution)
+    noise, cond = inputs_of(pipeline, num_samples, seed, prompts, resolution)
     one = range(1)
     with evaluations_of(network_of(pipeline)) as seen:
         image = run(noise[:1], part_of(cond, one), torch.Generator().manual_seed(seed))  # warm-up

@@ -17,10 +17,10 @@ from .arguments import TrainArguments
 from .denoiser import Cond
 from .features import FashionCNN, load_extractor
 from .metrics import diversity, frechet_distance_of_moments, moments, square_root
+from .pictures import picture
 from .reference import Reference
 from .reports import save_figure
-from .sampler import noises_and_labels, part_of
-from .sampling import picture
+from .sampler import part_of, shared_inputs
 from .teacher import Teacher
 
 Images = Callable[[torch.Tensor, dict[str, Any], torch.Generator | None], torch.Tensor]
@@ -70,7 +70,7 @@ class Watch:
         self.settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         labels = None if cond else teacher.num_labels
         seed = args.seed + VALIDATION_SEED
-        self.noise, own = noises_and_labels(teacher.sample_shape, labels, args.validation_samples, seed)
+        self.noise, own = shared_inputs(teacher.sample_shape, labels, args.validation_samples, seed)
         self.cond = cond or own
         self.reference: Reference | None = None  # the teacher's images, where there are no others
         if args.validation_reference or isinstance(self.extractor, FashionCNN):

@@ -62,7 +62,7 @@ def _by_place(network, sample, t, cond):
 
 
 def _unet_2d(network, sample, t, cond):
-    """In float64 the embedding of fractional timesteps is too, which diffusers leaves in float32."""
+    """Of float64 samples: with the timestep's embedding in float64 too, which diffusers computes in float32."""
     bare = extract_model_from_parallel(network, keep_torch_compile=False)
     if sample.dtype != torch.float64 or t.dtype != torch.float64 or not isinstance(bare.time_proj, Timesteps):
         return _by_place(network, sample, t, cond)

@@ -3,10 +3,11 @@
 `max_train_steps` is the published duration in images over the global batch; `train_batch_size` the published batch of
 one GPU, where it is known. PID and DKDM have no published text-to-image model.
 
-Not done here as there: SDXL's four-step LoRA (DMD2) is an adapter beside a whole fake score, both are adapters here;
-DMD's Stable Diffusion runs regress on half or a quarter of the samples that they match, on all of them here. DMD2's
-runs that go on from another (`dmd2-imagenet64-resumed`, `dmd2-sd15-gan`) take its student as --student_init: the fake
-score starts again at the teacher. FastGen's and Self-Forcing's own configurations of DMD2 are not here.
+What differs from the published runs: SDXL's four-step LoRA (DMD2) is an adapter beside a whole fake score, both are
+adapters here; DMD's Stable Diffusion runs regress on half or a quarter of the samples that they match, on all of them
+here. DMD2's runs that go on from another (`dmd2-imagenet64-resumed`, `dmd2-sd15-gan`) take its student as
+--student_init: the fake score starts again at the teacher. FastGen's and Self-Forcing's own configurations of DMD2 are
+not here.
 """
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from .files import write_json, written_beside
+from .pictures import save_grid
 from .records import provenance
 from .sampler import Sampler
-from .sampling import save_grid
 
 
 @dataclass

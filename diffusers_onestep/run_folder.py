@@ -36,15 +36,15 @@ def checkpoint_to_go_on_from(output_dir: Path, wanted: str | None) -> Path | Non
     Raises:
         ValueError: if the checkpoint is none, or a new run would start in the folder of another one.
     """
+    own = checkpoints(output_dir)
     if not wanted:
-        if checkpoints(output_dir):
+        if own:
             raise ValueError(
                 f"`output_dir` must hold no checkpoints of another run, but {str(output_dir)!r} does: give another "
                 "folder, or go on with --resume_from_checkpoint latest."
             )
         return None
-    path = latest_checkpoint(output_dir) if wanted == "latest" else Path(wanted)
-    own = checkpoints(output_dir)
+    path = next(reversed(own), None) if wanted == "latest" else Path(wanted)
     if own and path.resolve().parent != own[0].resolve().parent:
         raise ValueError(
             f"`resume_from_checkpoint` must be one of the checkpoints that `output_dir` {str(output_dir)!r} holds "

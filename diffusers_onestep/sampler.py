@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, EDMEulerS
 
 from .families import family_of
 from .network_calls import sample_shape_of
-from .sampling import picture
+from .pictures import picture
 from .teacher import Teacher
 
 Sampler = Callable[[torch.Tensor, dict[str, Any], torch.Generator | None], torch.Tensor]
@@ -64,7 +64,7 @@ def spread(count: int, available: int) -> list[int]:
     return [i * available // count if count < available else i % available for i in range(count)]
 
 
-def noises_and_labels(
+def shared_inputs(
     shape: Sequence[int], num_labels: int | None, num_samples: int, seed: int, prompts: Sequence[str] | None = None
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """The same unit-variance noises for every model, and labels in turn or prompts (see `spread`): `(N, C, H, W)` and
@@ -75,14 +75,14 @@ def noises_and_labels(
     return noise, {} if num_labels is None else {"class_labels": torch.arange(num_samples) % num_labels}
 
 
-def conditions(
+def inputs_of(
     pipeline: Teacher | DiffusionPipeline,
     num_samples: int,
     seed: int,
     prompts: Sequence[str] | None,
     resolution: int | tuple[int, int] | None = None,
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """`noises_and_labels` of one model."""
+    """`shared_inputs` of one model."""
     if takes_prompts(pipeline) != (prompts is not None):
         wants = "prompts" if takes_prompts(pipeline) else "no prompts"
         raise ValueError(
@@ -90,12 +90,18 @@ def conditions(
             f"this {type(pipeline).__name__} takes {wants}."
         )
     num_labels = None if prompts is not None else pipeline.num_labels
-    return noises_and_labels(sample_shape(pipeline, resolution), num_labels, num_samples, seed, prompts)
+    return shared_inputs(sample_shape(pipeline, resolution), num_labels, num_samples, seed, prompts)
 
 
 def part_of(cond: dict[str, Any], places: Sequence[int]) -> dict[str, Any]:
     """Conditions of some of the samples."""
     return {k: v[places] if isinstance(v, torch.Tensor) else [v[i] for i in places] for k, v in cond.items()}
+
+
+_AS_TEACHERS = (DDPMScheduler, DDIMScheduler, EDMEulerScheduler)
+
+
+_AS_TEACHERS = (DDPMScheduler, DDIMScheduler, EDMEulerScheduler)
 
 
 def sampler(
@@ -111,34 +117,37 @@ def sampler(
     scheduler is DDPM, by Heun's method where it is EDM's.
     """
     many_steps = getattr(pipeline, "student_steps", None) is None and not takes_prompts(pipeline)
-    if many_steps and type(pipeline.scheduler) in (DDPMScheduler, DDIMScheduler, EDMEulerScheduler):
-        pipeline = pipeline if isinstance(pipeline, Teacher) else Teacher(pipeline)
-    if isinstance(pipeline, Teacher):
-        if num_inference_steps is None:
-            raise ValueError("`num_inference_steps` must be given for a teacher.")
-        if not pipeline.takes_prompts:
-
-            def run(noise, cond, generator):
-                return picture(
-                    pipeline.sample(
-                        noise,
-                        cond,
-                        num_inference_steps=num_inference_steps,
-                        guidance_scale=1.0 if guidance_scale is None else guidance_scale,
-                        scheduler=scheduler,
-                    )
-                )
-
-            return run
-        guidance = pipeline.family.guidance(pipeline, 1.0 if guidance_scale is None else guidance_scale)
-        pipeline = pipeline.pipeline
-    else:
-        guidance = {"guidance_scale": guidance_scale}
+    teacher = pipeline if isinstance(pipeline, Teacher) else None
+    if teacher is None and many_steps and type(pipeline.scheduler) in _AS_TEACHERS:
+        teacher = Teacher(pipeline, getattr(pipeline, "id2label", None))
+    if teacher is not None and num_inference_steps is None:
+        raise ValueError("`num_inference_steps` must be given for a model of many steps.")
+    if teacher is not None and not teacher.takes_prompts:
+        return _by_solver(teacher, num_inference_steps, 1.0 if guidance_scale is None else guidance_scale, scheduler)
     if scheduler is not None:
         raise ValueError("`scheduler` must be None for a student, which has its own, and for text-to-image models.")
+    if teacher is None:
+        return _by_pipeline(pipeline, num_inference_steps, {"guidance_scale": guidance_scale})
+    guidance = teacher.family.guidance(teacher, 1.0 if guidance_scale is None else guidance_scale)
+    return _by_pipeline(teacher.pipeline, num_inference_steps, guidance)
+
+
+def _by_solver(
+    teacher: Teacher, num_inference_steps: int, guidance_scale: float, scheduler: SchedulerMixin | None
+) -> Sampler:
+    """A pixel teacher, by its reference scheduler or another one."""
+    how = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "scheduler": scheduler}
+
+    def run(noise, cond, generator):
+        return picture(teacher.sample(noise, cond, **how))
+
+    return run
+
+
+def _by_pipeline(pipeline: DiffusionPipeline, num_inference_steps: int | None, guidance: dict[str, Any]) -> Sampler:
+    """A pipeline's own call."""
     pipeline.set_progress_bar_config(disable=True)
-    given = {"num_inference_steps": num_inference_steps} | guidance
-    given = {k: v for k, v in given.items() if v is not None}
+    given = {k: v for k, v in {"num_inference_steps": num_inference_steps, **guidance}.items() if v is not None}
     device, prompted, family = pipeline.device, takes_prompts(pipeline), family_of(pipeline)
 
     @torch.no_grad()

@@ -1,7 +1,6 @@
-"""Many-step sampling of a teacher with diffusers' own schedulers, and pictures of what came out."""
+"""Many-step sampling of a teacher with diffusers' own schedulers."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,9 +8,6 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from .denoiser import Cond, Denoiser, GuidedDenoiser
-from .files import written_beside
-
-PICTURE_FILES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def deterministic(scheduler: SchedulerMixin) -> SchedulerMixin:
@@ -57,8 +53,8 @@ def _solve(
     return x
 
 
-def check_deterministic(scheduler: SchedulerMixin, argument: str) -> None:
-    """Raise a `ValueError` that names `argument` if `sample` with this scheduler draws noise on the way: if two runs
+def check_deterministic(scheduler: SchedulerMixin, what: str) -> None:
+    """Raise a `ValueError` that says `what` it is if `sample` with this scheduler draws noise on the way: if two runs
     from one start, of a network that answers 0, end apart."""
     own, ends = type(scheduler).from_config(scheduler.config), []
     with torch.random.fork_rng(devices=[]):
@@ -68,7 +64,7 @@ def check_deterministic(scheduler: SchedulerMixin, argument: str) -> None:
     if not torch.equal(*(end.nan_to_num() for end in ends)):
         settings = {k: v for k, v in scheduler.config.items() if k in ("algorithm_type", "stochastic_sampling")}
         solver = type(scheduler).__name__ + (f" with {settings}" if settings else "")
-        raise ValueError(f"`{argument}` must be deterministic, such as DDIM, but is {solver}.")
+        raise ValueError(f"{what} must be deterministic, such as DDIM, but is {solver}.")
 
 
 def dynamic_shift(scheduler: SchedulerMixin, shape: tuple[int, ...]) -> float:
@@ -76,30 +72,3 @@ def dynamic_shift(scheduler: SchedulerMixin, shape: tuple[int, ...]) -> float:
     computes it for samples of `shape` `(..., H, W)`."""
     names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
     return calculate_shift(shape[-2] * shape[-1] // 4, *(scheduler.config[name] for name in names))
-
-
-def picture(x0: torch.Tensor) -> torch.Tensor:
-    """Pixels `(B, C, H, W)` uint8 of samples in [-1, 1]."""
-    return ((x0.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
-
-
-def check_picture(path: Path, argument: str) -> None:
-    """Raise a ValueError that names `argument` if no picture can be written to `path`."""
-    if path.suffix.lower() not in PICTURE_FILES:
-        raise ValueError(f"`{argument}` must end in one of {PICTURE_FILES}, but is {str(path)!r}.")
-    if not path.parent.is_dir():
-        raise ValueError(f"`{argument}` must lie in an existing folder, but {str(path.parent)!r} is none.")
-
-
-def save_grid(pixels: torch.Tensor, path: Path, columns: int, scale: int = 2) -> None:
-    """Write uint8 pixels `(B, C, H, W)` as one picture of rows of `columns`, beside first and then renamed."""
-    from PIL import Image
-
-    missing = -len(pixels) % columns
-    pixels = torch.cat([pixels, pixels.new_full((missing, *pixels.shape[1:]), 255)])  # white where a row ends early
-    rows = [torch.cat(list(row), dim=2) for row in pixels.split(columns)]
-    grid = torch.cat(rows, dim=1).permute(1, 2, 0).numpy()
-    image = Image.fromarray(grid.squeeze(-1) if grid.shape[-1] == 1 else grid)
-    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-    with written_beside(path) as beside:
-        image.save(beside, format=Image.registered_extensions()[path.suffix.lower()])

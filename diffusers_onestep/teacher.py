@@ -16,7 +16,7 @@ from .models import without_variance
 from .network_calls import sample_shape_of
 from .pipelines import OneStepPipeline
 from .repository import load_index, resolve_model, safetensors_only
-from .sampling import sample
+from .sampling import deterministic, sample
 from .schedulers import EDMHeunScheduler, student_scheduler
 from .schedules import EDMSchedule, FlowSchedule, NoiseSchedule
 
@@ -170,10 +170,11 @@ class Teacher:
 
     @property
     def reference_scheduler(self) -> SchedulerMixin:
-        """What the teacher is sampled with: its own scheduler, but the paper's Heun method for a stock EDM one."""
+        """What the teacher is sampled with: its own scheduler, but DDIM for DDPM, as `deterministic` has it, and the
+        paper's Heun method for a stock EDM one."""
         if type(self.scheduler) is EDMEulerScheduler:
             return EDMHeunScheduler.from_config(self.scheduler.config)
-        return self.scheduler
+        return deterministic(self.scheduler)
 
     @property
     def reference_steps(self) -> int:

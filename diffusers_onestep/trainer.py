@@ -233,7 +233,9 @@ class Trainer:
                 args.max_train_steps,
             )
         if self.save_student is None:
-            logger.warning("No student is saved but in checkpoints: `save` is None, and the teacher is no `Teacher`.")
+            logger.warning(
+                "The student is saved in checkpoints alone: give `save`, or a method that is made from a `Teacher`."
+            )
         if checkpoint := checkpoint_to_go_on_from(self.output_dir, args.resume_from_checkpoint):
             self.resume(checkpoint)
         elif args.resume_from_checkpoint:
@@ -631,7 +633,9 @@ def optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
 
 def keep_freed_memory() -> None:
     """Have glibc keep up to 2 GB of freed activations for the next pass: given back and asked for again, every page of
-    them costs a fault, a tenth of a step's time on the shipped teachers."""
+    them costs a fault, a tenth of a step's time on the shipped teachers. `MALLOC_*` of the environment go first."""
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         trim_threshold, mmap_threshold = -1, -3  # malloc.h

@@ -1,7 +1,9 @@
 """Tiny real diffusers teachers."""
 
+import contextlib
 import importlib.util
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -18,12 +20,18 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "training")]  # train_teacher imports a recipe
 
 
-def run_script(name, *flags):
-    """A script's `main` in this process, with flags as on its command line."""
+def training_module(name):
+    """A script of `training/` as a module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "training" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
+    return module
+
+
+def run_script(name, *flags):
+    """A script's `main` in this process, with flags as on its command line."""
+    module = training_module(name)
     presets = next((v for k, v in vars(module).items() if k.endswith("_PRESETS")), None)
     arguments = [v for k, v in vars(module).items() if k.endswith("Arguments") and v.__module__ == name]
     module.main(parse_args(arguments[0], [str(flag) for flag in flags], presets=presets))
@@ -34,18 +42,25 @@ def script(name, *flags):
     return [sys.executable, str(ROOT / "training" / name), *map(str, flags)]
 
 
-def run(command, **environment):
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
+def run(command, expected=0, **environment):
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=900)
+    assert done.returncode == expected, done.stderr[-3000:]
     return done
 
 
-def two_ranks(*command):
-    """The command line that runs a Python file as two processes, which meet at a port that is free."""
-    with socket.create_server(("", 0)) as server:
-        port = server.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    return [*launcher, *map(str, command)]
+def free_port():
+    """Below those that the system hands out, so that nobody takes it before the ranks do."""
+    for port in random.SystemRandom().sample(range(20_000, 30_000), 50):
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            return port
+    raise OSError("no free port")
+
+
+def run_on_two_ranks(command, **environment):
+    """A command line of Python as two processes of a thread each."""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | environment
+    return run([command[0], *launcher, *command[1:]], **environment)
 
 
 def tiny_unet(classes=None, seed=0, size=16, channels=1, out_channels=None):

@@ -1,8 +1,7 @@
-import importlib.util
 import json
 
 import pytest
-from conftest import ROOT
+from conftest import training_module
 
 from diffusers_onestep.arguments import parse_args
 from diffusers_onestep.presets import DKDM_PRESETS, DMD_PRESETS, PID_PRESETS, SID_PRESETS
@@ -10,15 +9,8 @@ from diffusers_onestep.presets import DKDM_PRESETS, DMD_PRESETS, PID_PRESETS, SI
 REQUIRED = ["--pretrained_teacher_model", "fashion32", "--output_dir", "out"]
 
 
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "training" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-SID, DMD = script("train_sid").SiDArguments, script("train_dmd").DMDArguments
-PID, DKDM = script("train_pid").PIDArguments, script("train_dkdm").DKDMArguments
+SID, DMD = training_module("train_sid").SiDArguments, training_module("train_dmd").DMDArguments
+PID, DKDM = training_module("train_pid").PIDArguments, training_module("train_dkdm").DKDMArguments
 
 
 def test_defaults_are_the_papers():

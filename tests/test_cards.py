@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, tiny_unet
+from conftest import ROOT, tiny_unet, training_module
 from diffusers import ConsistencyModelPipeline, DDPMScheduler
 from huggingface_hub import ModelCard
-from test_arguments import script
 from test_dkdm import DIT
 
 from diffusers_onestep import DMD, GuidedDenoiser, OneStepPipeline, Teacher, create_model_card, train
@@ -87,7 +86,7 @@ def test_a_training_run_leaves_a_card_that_runs(student, licensed, tmp_path, mon
     ],
 )
 def test_every_script_leaves_a_card(name, method, flags, licensed, tmp_path, monkeypatch):
-    module = script(name)
+    module = training_module(name)
     (arguments,) = [v for k, v in vars(module).items() if k == f"{method}Arguments"]
     flags = ["--pretrained_teacher_model", str(licensed), "--output_dir", str(tmp_path / "out"), *flags]
     module.main(parse_args(arguments, [*flags, "--max_train_steps", "1", "--train_batch_size", "2"]))
@@ -101,7 +100,7 @@ def test_every_script_leaves_a_card(name, method, flags, licensed, tmp_path, mon
 
 def test_a_transformer_that_no_pipeline_of_diffusers_samples_has_a_card_that_says_so(licensed, tmp_path, monkeypatch):
     (tmp_path / "dit.json").write_text(json.dumps(DIT))
-    module = script("train_dkdm")
+    module = training_module("train_dkdm")
     flags = ["--pretrained_teacher_model", str(licensed), "--output_dir", str(tmp_path / "out"), "--num_steps", "4"]
     flags += ["--student_config", str(tmp_path / "dit.json"), "--max_train_steps", "1", "--train_batch_size", "2"]
     module.main(parse_args(module.DKDMArguments, [*flags, "--validation_inference_steps", "2"]))
@@ -116,7 +115,7 @@ def test_teachers_have_cards_too(tmp_path, monkeypatch):
     images = np.random.default_rng(0).integers(0, 256, (8, 16, 16), dtype=np.uint8)
     labels = np.arange(8) % 2
     np.savez(tmp_path / "data.npz", images_train=images, labels_train=labels, class_names=np.array(["cat", "dog"]))
-    module = script("train_teacher")
+    module = training_module("train_teacher")
     flags = ["--dataset", str(tmp_path / "data.npz"), "--output_dir", str(tmp_path / "out"), "--max_train_steps", "1"]
     module.main(parse_args(module.TeacherArguments, [*flags, "--train_batch_size", "2", "--license", "mit"]))
     card = ModelCard.load(tmp_path / "out" / "README.md")
@@ -271,7 +270,7 @@ def test_text_to_image_models_are_asked_with_prompts(tmp_path, scheduler, expect
 @pytest.mark.parametrize("name", shipped_names())
 def test_shipped_cards_are_made_by_the_same_code_and_run(name, tmp_path, monkeypatch):
     card = (ROOT / "model_cards" / f"{name}.md").read_text()
-    assert script("ship_model").shipped_card(name) == card, "python training/ship_model.py NAME makes it anew"
+    assert training_module("ship_model").shipped_card(name) == card, "python training/ship_model.py NAME makes it anew"
     assert ModelCard(card).data.license == ("cc-by-4.0" if name == "emoji-sd" else "apache-2.0")
     files = re.findall(r"\]\(([\w.-]+\.png)\)", card)
     assert files and all((ROOT / "model_cards" / file).is_file() for file in files)

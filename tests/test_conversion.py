@@ -3,7 +3,6 @@
 import copyreg
 import io
 import json
-import logging
 import os
 import pickle
 import struct
@@ -758,7 +757,6 @@ def test_timesteps_are_told_by_the_end_of_a_path(place, steps, tmp_path):
 
 @pytest.mark.parametrize("version, said", [(6, None), (7, "7"), ("6", "None"), (10**9, "None")])
 def test_pickles_of_another_version_are_read_with_a_warning(version, said, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
     monkeypatch.setattr("edm_files.VERSION", version)  # of the file that is written
     _, weights = network(SONG)
     convert(write_pickle(tmp_path / "edm-a.pkl", "EDMPrecond", DDPMPP | {"augment_dim": 0}, weights), tmp_path / "out")

@@ -1,11 +1,10 @@
 import json
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import run, run_script, script
 
 from diffusers_onestep.data import Batches, Conditions, LabelledImages, load_images, load_pairs, write_pairs
 
@@ -90,15 +89,12 @@ def test_a_data_set_of_images_of_many_sizes_is_refused(tmp_path):
 
 def test_pairs_replay_the_teachers_solver(tmp_path, teacher_folder):
     """What `make_pairs.py` stores is what the deterministic solver makes of the stored noise."""
-    import subprocess
-
     from diffusers_onestep import Teacher
 
     output = tmp_path / "pairs"
     flags = {"pretrained_teacher_model": teacher_folder, "output_dir": output, "num_pairs": 5, "batch_size": 2}
     flags |= {"num_inference_steps": 4}
-    command = [sys.executable, str(ROOT / "training" / "make_pairs.py")]
-    subprocess.run([*command, *(str(p) for k, v in flags.items() for p in (f"--{k}", v))], check=True)
+    run(script("make_pairs.py", *(part for k, v in flags.items() for part in (f"--{k}", v))))
     pairs = load_pairs(str(output))
     assert len(pairs) == 5
     batch = pairs.batch([4, 1])

@@ -7,11 +7,9 @@ import shutil
 import pytest
 import torch
 from analytic import GaussianNetwork, gaussian_denoiser
-from conftest import run, script, tiny_unet
+from conftest import run, run_script, script, tiny_unet
 from diffusers import ConsistencyModelPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
-from safetensors import safe_open
 from safetensors.torch import load_file
-from test_arguments import script as module_of
 from torch import nn
 
 from diffusers_onestep import (
@@ -25,7 +23,7 @@ from diffusers_onestep import (
     VPSchedule,
     train,
 )
-from diffusers_onestep.arguments import TrainArguments, parse_args
+from diffusers_onestep.arguments import TrainArguments
 from diffusers_onestep.methods.dkdm import Chain, Reservoir, dkdm_loss, gaussian_kl
 from diffusers_onestep.models import network_from_config, shrunk
 
@@ -355,38 +353,6 @@ def test_i15_what_several_processes_saved_is_dealt_out_in_their_order(tmp_path):
             assert torch.equal(*held)
 
 
-def test_i15_a_process_reads_its_own_share_alone(tmp_path, monkeypatch):
-    distiller, read = toy(batch_size=10, reservoir_ratio=0.05), []
-    distiller.prepare(progress_bar=False)
-    distiller.save_state(tmp_path, 0)
-
-    class Opened:
-        def __init__(self, path, framework):
-            self.file = safe_open(path, framework)
-
-        def __enter__(self):
-            self.metadata = self.file.metadata
-            return self
-
-        def __exit__(self, *error):
-            pass
-
-        def get_tensor(self, name):
-            read.append(len(self.file.get_tensor(name)))
-            return self.file.get_tensor(name)
-
-        def get_slice(self, name):
-            own = self.file.get_slice(name)
-            get = lambda self, places: (read.append(places.stop - places.start), own[places])[1]  # noqa: E731
-            return type("Slice", (), {"get_shape": lambda self: own.get_shape(), "__getitem__": get})()
-
-    monkeypatch.setattr("diffusers_onestep.methods.dkdm.safe_open", Opened)
-    share = toy(batch_size=10, reservoir_ratio=0.05)
-    share.load_state(tmp_path, 1, 4)
-    assert len(share.reservoir) == 25 and read == [25] * 4
-    assert torch.equal(share.reservoir.x, distiller.reservoir.x[25:50])
-
-
 def test_i16_conditions_stay_with_their_trajectory():
     reservoir, generator = Reservoir(30, (1, 1, 1), 4, cond={"class_labels": torch.arange(5)}), torch.Generator()
     everything = torch.arange(30)
@@ -611,8 +577,7 @@ def test_a_resumed_run_ends_with_the_same_weights_and_reservoir(compressed, tmp_
 def begin(**flags):
     """The script in this process, with a few small steps."""
     flags = {"shrink": 0.5, "num_steps": 10, "train_batch_size": 4, "max_train_steps": 1} | flags
-    module = module_of("train_dkdm")
-    module.main(parse_args(module.DKDMArguments, [str(part) for k, v in flags.items() for part in (f"--{k}", v)]))
+    run_script("train_dkdm", *(part for k, v in flags.items() for part in (f"--{k}", v)))
 
 
 def test_what_stops_a_run_does_so_before_hours_of_preparation(compressed, teacher_folder, tmp_path):

@@ -51,7 +51,7 @@ def test_gan_of_a_labelled_teacher_needs_its_images(teacher_folder, tmp_path):
     for name, shape, labels, message in (
         ("size", (6, 32, 32), 3, r"images of the teacher's shape \(1, 16, 16\) .* have \(1, 32, 32\)"),
         ("channels", (6, 16, 16, 3), 3, r"images of the teacher's shape \(1, 16, 16\) .* have \(3, 16, 16\)"),
-        ("labels", (6, 16, 16), 4, r"labels of the teacher's 3, but .* has 4"),
+        ("labels", (6, 16, 16), 4, r"the teacher's labels 0..2, but those of .* are 0 to 3"),
     ):
         other = images(tmp_path / f"{name}.npz", shape, labels)
         with pytest.raises(ValueError, match=f"`dataset` must h(old|ave) {message}"):
@@ -95,10 +95,11 @@ def test_pairs_say_how_they_were_made_and_train_only_what_they_fit(tmp_path):
     assert json.loads((pairs / "pairs.json").read_text()) == {
         "pretrained_teacher_model": str(teacher),
         "revision": None,
+        "variant": None,
         "num_inference_steps": 2,
         "guidance_scale": 2.0,
         "seed": 0,
-        "scheduler": "DDPMScheduler",
+        "scheduler": "DDIMScheduler",
     }
     train(teacher, tmp_path / "fits", pairs=pairs, guidance_scale=2.0, **REGRESSION)
     with pytest.raises(ValueError, match=r"`guidance_scale` must be that of `pairs`, 2.0, but is 1.0"):
@@ -130,7 +131,9 @@ def test_pairs_of_another_teacher_give_a_warning(teacher_folder, tmp_path, caplo
 )
 def test_a_stochastic_solver_makes_no_pairs(tmp_path, scheduler):
     ConsistencyModelPipeline(tiny_unet(), scheduler).save_pretrained(tmp_path / "teacher")
-    with pytest.raises(ValueError, match=f"`scheduler` must be deterministic, .* but is {type(scheduler).__name__}"):
+    with pytest.raises(
+        ValueError, match=f"`pretrained_teacher_model` must be deterministic, .* {type(scheduler).__name__}"
+    ):
         make(tmp_path / "teacher", tmp_path / "pairs")
     assert not (tmp_path / "pairs").exists()
 

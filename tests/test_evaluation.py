@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import run, run_script, script, tiny_unet, two_ranks
+from conftest import run, run_on_two_ranks, run_script, script, tiny_unet
 from datasets import Dataset
 from diffusers import (
     AutoencoderKL,
@@ -22,10 +22,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from diffusers_onestep import Metrics, OneStepPipeline, Teacher, evaluate
 from diffusers_onestep.evaluation import METRICS, generate, measure
 from diffusers_onestep.features import FashionCNN, load_extractor
+from diffusers_onestep.pictures import picture
 from diffusers_onestep.reference import Reference
 from diffusers_onestep.reports import Score, markdown_table, quality_plot, write_metrics
-from diffusers_onestep.sampler import conditions, evaluations_of, sampler
-from diffusers_onestep.sampling import picture
+from diffusers_onestep.sampler import evaluations_of, inputs_of, sampler
 from diffusers_onestep.schedulers import solver_for, student_scheduler
 
 OF_PIXELS = [metric for metric in METRICS if metric not in ("clip_score", "retrieval")]
@@ -37,14 +37,13 @@ def test_processes_share_the_sampling_and_find_the_same_numbers(tmp_path):
     Reference.load(None, FashionCNN.from_shipped()).save(tmp_path / "small.safetensors", features=200)
     flags += ["--num_samples", "60", "--batch_size", "20", "--metrics", *OF_PIXELS]
     flags += ["--reference", str(tmp_path / "small.safetensors")]
-    commands = script("evaluate.py", *flags), two_ranks(*script("evaluate.py", *flags)[1:])
     results = []
-    for name, command in zip(("one", "two"), commands, strict=True):
-        run([*command, "--output_dir", str(tmp_path / name)], ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
+    for name, start in (("one", run), ("two", run_on_two_ranks)):
+        start(script("evaluate.py", *flags, "--output_dir", tmp_path / name), OMP_NUM_THREADS="1")
         results.append(json.loads((tmp_path / name / "metrics.json").read_text()))
         assert all((tmp_path / name / picture).is_file() for picture in ("quality.png", "samples.png"))
     teacher = Teacher.from_pretrained("fashion32")
-    above = sampler(teacher, num_inference_steps=2)(*conditions(teacher, 20, 0, None), None)[:10]
+    above = sampler(teacher, num_inference_steps=2)(*inputs_of(teacher, 20, 0, None), None)[:10]
     with Image.open(tmp_path / "one" / "samples.png") as grid:
         assert np.abs(np.asarray(grid)[:64:2, ::2] - np.hstack(above[:, 0]).astype(float)).max() <= 1
     assert "2 processes" in results[1]["hardware"] and "1 processes" in results[0]["hardware"]
@@ -177,7 +176,7 @@ def test_teachers_of_every_family_and_size_are_sampled_as_in_training(family):
         pipeline.scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
     teacher = Teacher(pipeline, resolution=64 if family == "sana" else 32, embedded_guidance=2.5)
     prompts = ["a cat", "snow"]
-    noise, cond = conditions(teacher, 2, 0, prompts)
+    noise, cond = inputs_of(teacher, 2, 0, prompts)
     for guidance_scale in (1.0, 3.0):
         settings = {"num_inference_steps": 2, "guidance_scale": guidance_scale}
         expected = picture(teacher.decode(teacher.sample(noise, teacher.encode(prompts), **settings)))
@@ -185,7 +184,7 @@ def test_teachers_of_every_family_and_size_are_sampled_as_in_training(family):
         assert found.shape == expected.shape and (found.int() - expected.int()).abs().max() <= 1
     network = teacher.denoiser.network
     student = teacher.student_pipeline(network, student_timesteps=[999], init_noise_sigma=1.0)
-    assert torch.equal(conditions(student, 2, 0, prompts)[0], noise)
+    assert torch.equal(inputs_of(student, 2, 0, prompts)[0], noise)
     with evaluations_of(student.transformer) as seen:
         assert sampler(student)(noise, cond, None).shape == expected.shape
     assert seen == [2]
@@ -233,7 +232,7 @@ def test_captioned_images_give_prompts_and_what_they_retrieve(tmp_path, monkeypa
     # the real images are the teacher's own, each beside the prompt that it was made of
     network, asked = load_extractor("effnet-lite0"), [f"drawing {letter}" for letter in "abcdefghijklmnopqrst"]
     teacher = Teacher.from_pretrained(tmp_path / "teacher", resolution=16)
-    drawn = sampler(teacher, num_inference_steps=1)(*conditions(teacher, 20, 0, asked), None)
+    drawn = sampler(teacher, num_inference_steps=1)(*inputs_of(teacher, 20, 0, asked), None)
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in drawn]
     for split, captions in (("train", ["a cat", "a dog"]), ("test", asked)):
         rows = Dataset.from_dict({"image": pictures[: len(captions)], "caption": captions})

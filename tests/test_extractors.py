@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
+from conftest import training_module
 from hub_server import LocalHub
 from safetensors.torch import save_file
-from test_arguments import script
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2Model
@@ -19,8 +19,8 @@ from diffusers_onestep import OneStepPipeline
 from diffusers_onestep.data import load_images
 from diffusers_onestep.features import FashionCNN, InceptionV3, load_extractor
 from diffusers_onestep.metrics import frechet_distance, inception_score, kernel_distance, moments, precision_recall
+from diffusers_onestep.pictures import picture
 from diffusers_onestep.reference import Reference
-from diffusers_onestep.sampling import picture
 
 REAL_IMAGES = Path("/work/shared/data/fashion32.npz")  # only here, and only where it is
 
@@ -243,7 +243,7 @@ def test_the_script_makes_the_reference_of_a_split(tmp_path):
     arrays = {f"images_{split}": pixels.numpy() for split, pixels in images.items()}
     labels = {f"labels_{split}": np.zeros(30, dtype=np.int64) for split in images}
     np.savez(tmp_path / "data.npz", class_names=np.array(["one"]), **arrays, **labels)
-    make, network = script("make_reference").main, FashionCNN.from_shipped()
+    make, network = training_module("make_reference").main, FashionCNN.from_shipped()
     given = {"dataset": str(tmp_path / "data.npz"), "split": "test", "extractor": "fashion", "extractor_weights": None}
     make(**given, features=20, output=str(tmp_path / "r.safetensors"))
     read, features = Reference.load(tmp_path / "r.safetensors", network), network(images["test"][:, None])[0]

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import run, script, tiny_unet, two_ranks
+from conftest import run, run_on_two_ranks, script, tiny_unet
 from diffusers import (
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -423,10 +423,7 @@ def test_resumed_run_has_bit_identical_adapters(unbroken, teacher_folder, tmp_pa
 
 
 def test_two_ranks_equal_one_process(unbroken, teacher_folder, tmp_path):
-    run(
-        two_ranks(*script("train_sid.py", *sid_flags(teacher_folder, tmp_path, train_batch_size=2))[1:]),
-        ACCELERATE_USE_CPU="true",
-    )
+    run_on_two_ranks(script("train_sid.py", *sid_flags(teacher_folder, tmp_path, train_batch_size=2)))
     assert (latest_checkpoint(tmp_path) / "random_states_1.pkl").is_file()  # there really were two
     first, second = state(tmp_path), state(unbroken)
     for key in first:

@@ -37,8 +37,8 @@ def test_frechet_distance_is_symmetric_zero_at_equality_and_takes_arrays():
 
 
 def test_rank_deficient_features_are_fine():
-    a = torch.randn(5, 20)
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    a = torch.randn(5, 20, generator=torch.Generator().manual_seed(0))
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-5)
 
 
 def test_kernel_distance_is_the_mean_over_pairs_and_unbiased():

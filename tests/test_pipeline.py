@@ -1,21 +1,24 @@
 import json
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_unet
+from conftest import run, tiny_unet
 from diffusers import (
     ConsistencyModelPipeline,
+    DDPMParallelScheduler,
     DDPMScheduler,
     DiffusionPipeline,
     DiTTransformer2DModel,
     EDMEulerScheduler,
     LCMScheduler,
 )
+from peft import LoraConfig
 
 from diffusers_onestep import DMD, PID, EDMUNet2DModel, OneStepPipeline, OneStepScheduler, SiD, SpaceToDepthUNet2DModel
+from diffusers_onestep.arguments import TrainArguments
+from diffusers_onestep.distillation import student_hooks
 from diffusers_onestep.repository import write_repository
 from diffusers_onestep.schedulers import student_scheduler
 from diffusers_onestep.teacher import Teacher
@@ -158,6 +161,7 @@ def test_saved_student_gives_the_same_image_in_both_pipelines(tmp_path, sigma, l
 @pytest.mark.parametrize("kind", ["unet", "edm", "dit"])
 @pytest.mark.parametrize("method", [SiD, DMD, PID])
 def test_a_student_of_a_teacher_with_learned_variance_has_none(tmp_path, method, kind):
+    torch.manual_seed(0)
     network = {
         "unet": lambda: tiny_unet(classes=3, channels=3, out_channels=6),
         "edm": lambda: EDMUNet2DModel(8, out_channels=6, model_channels=8, channel_mult=(1, 1), num_class_embeds=3),
@@ -180,11 +184,26 @@ def test_a_student_of_a_teacher_with_learned_variance_has_none(tmp_path, method,
     expected = distiller.sample(noise, {"class_labels": labels})
     loaded = OneStepPipeline.from_pretrained(tmp_path)
     images = loaded(latents=noise, class_labels=labels, output_type="latent").images
-    torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5 * expected.abs().max().item()}  # DMD's start divides by a small alpha
+    torch.testing.assert_close(images, expected, **tolerance)
     # a whole network in a student's pipeline, which a distilled solver's is
     whole = OneStepPipeline(distiller.student.network, pipeline.scheduler)
     images = whole(latents=noise, class_labels=labels, output_type="latent").images
-    torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(images, expected, **tolerance)
+
+
+def test_adapters_on_a_teacher_with_learned_variance_make_a_student_without(tmp_path):
+    teacher = Teacher(OneStepPipeline(tiny_unet(channels=3, out_channels=6), DDPMScheduler()))
+    distiller = SiD(teacher, lora=LoraConfig(r=2, target_modules=["conv1"]))
+    save, _ = student_hooks(distiller, TrainArguments(output_dir=str(tmp_path)))
+    save(tmp_path)
+    assert OneStepPipeline.from_pretrained(tmp_path).unet.config.out_channels == 3
+
+
+@pytest.mark.parametrize("scheduler", [DDPMScheduler, DDPMParallelScheduler])
+def test_schedulers_that_learn_the_variance_are_given_it(scheduler):
+    whole = OneStepPipeline(tiny_unet(channels=3, out_channels=6), scheduler(variance_type="learned_range"))
+    assert whole(2, num_inference_steps=2, output_type="latent").images.shape == (2, 3, 16, 16)
 
 
 def test_few_step_student_samples_as_in_training():
@@ -215,12 +234,8 @@ def test_plain_diffusers_loads_a_stock_student_and_refuses_ours(tmp_path):
         scheduler = student_scheduler(DDPMScheduler(), "epsilon", [440], sigma)
         OneStepPipeline(tiny_unet(), scheduler).save_pretrained(tmp_path / name)
     code = "import sys; from diffusers import DiffusionPipeline as D; D.from_pretrained(sys.argv[1])(1)"
-    runs = [
-        subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], capture_output=True, text=True)
-        for name in ("stock", "ours")
-    ]
-    assert runs[0].returncode == 0, runs[0].stderr
-    assert runs[1].returncode != 0 and "diffusers_onestep" in runs[1].stderr
+    run([sys.executable, "-c", code, str(tmp_path / "stock")])
+    assert "diffusers_onestep" in run([sys.executable, "-c", code, str(tmp_path / "ours")], expected=1).stderr
 
 
 def test_edm_student_round_trip(tmp_path):

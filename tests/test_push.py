@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import tiny_unet
+from conftest import tiny_unet, training_module
 from diffusers import ConsistencyModelPipeline, DDPMScheduler
 from hub_server import TOKEN, LocalHub, Repository
 from huggingface_hub import constants
 from PIL import Image
-from test_arguments import script
 from test_cards import python_blocks, trained
 
 from diffusers_onestep import OneStepPipeline, Teacher, push_student
@@ -254,7 +253,7 @@ def test_training_pushes_when_it_is_done_and_stops_at_once_without_access(hub, t
 
 
 def test_a_fitted_solver_is_pushed_and_its_card_runs(hub, teacher_folder, tmp_path, monkeypatch, capsys):
-    fit = script("fit_d_ode")
+    fit = training_module("fit_d_ode")
     (tmp_path / "teacher").mkdir()
     teacher = shutil.copytree(teacher_folder, tmp_path / "teacher" / "there")
     args = fit.FitArguments(
@@ -272,7 +271,7 @@ def test_a_fitted_solver_is_pushed_and_its_card_runs(hub, teacher_folder, tmp_pa
 
 
 def test_evaluation_puts_its_numbers_into_the_card_and_pushes(hub, folder, tmp_path):
-    evaluation = script("evaluate")
+    evaluation = training_module("evaluate")
     student = shutil.copytree(
         OneStepPipeline.from_pretrained("fashion32-onestep").config._name_or_path, tmp_path / "m"
     )

@@ -2,13 +2,12 @@
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import two_ranks
+from conftest import run_on_two_ranks
 from families import tiny_pipeline
 from safetensors.torch import load_file
 
@@ -83,14 +82,7 @@ def on_two_ranks(root):
 def ranks(tmp_path_factory):
     """The folder that two ranks have left."""
     root = tmp_path_factory.mktemp("ranks")
-    done = subprocess.run(
-        two_ranks(__file__, root),
-        env=os.environ | LAUNCHER,
-        capture_output=True,
-        text=True,
-        timeout=1500,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_two_ranks([sys.executable, __file__, str(root)], **LAUNCHER)
     return root
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from diffusers_onestep import OneStepPipeline, Teacher, evaluate, shipped_model
 from diffusers_onestep.cli import main
-from diffusers_onestep.sampling import picture as as_picture
+from diffusers_onestep.pictures import picture as as_picture
 
 
 def test_names():

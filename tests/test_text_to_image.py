@@ -1,15 +1,12 @@
 """Text-to-image teachers of every family: conditions, all methods by their real scripts, students' pipelines."""
 
 import json
-import os
-import subprocess
-import sys
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script, two_ranks
+from conftest import run_on_two_ranks, run_script, script
 from families import BUILDERS, CALLS, tiny_pipeline
 from PIL import Image
 
@@ -254,15 +251,9 @@ def test_two_real_ranks_equal_one_process(folders, tmp_path):
     update would magnify the rounding of the first.)"""
     settings = {"kappas": 1.5, "adam_epsilon": 1.0, "learning_rate": 1e-3, "alpha": 1.0}
     one, two = tmp_path / "one", tmp_path / "two"
-    command = [sys.executable, str(ROOT / "training" / "train_sid.py")]
     more = {"cache_dir": tmp_path / "cache", **settings}
     run_script("train_sid", *flags(folders, "sd", one, gradient_accumulation_steps=2, **settings))
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    parts = [str(flag) for flag in flags(folders, "sd", two, **more)]
-    done = subprocess.run(
-        two_ranks(*command[1:], *parts), env=environment, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_two_ranks(script("train_sid.py", *flags(folders, "sd", two, **more)))
     assert len(list((tmp_path / "cache" / "text").rglob("*.safetensors"))) == len(PROMPTS)
     assert (two / "checkpoints" / "step-000002" / "random_states_1.pkl").is_file()  # there really were two
     start, *results = (_weights(folder / "unet") for folder in (folders / "sd", one, two))
@@ -319,7 +310,7 @@ def test_what_a_tiny_autoencoder_can_not_serve_is_refused(folders, tmp_path):
     for name, vae in (("channels", tiny_autoencoder(16)), ("scale", tiny_autoencoder(4, (8, 8, 8)))):
         vae.save_pretrained(tmp_path / name)
     pid = {"distance": "stlpips"}
-    for script, settings, message in (
+    for name, settings, message in (
         ("train_pid", pid | {"tiny_vae": tmp_path / "channels"}, "must have 4 latent channels .* has 16 and 2"),
         ("train_pid", pid | {"tiny_vae": tmp_path / "scale"}, ".* and 2 pixels .* has 4 and 4"),
         ("train_pid", pid | {"tiny_vae": folders / "sd" / "vae"}, "must be an AutoencoderTiny, but .* AutoencoderKL"),
@@ -327,4 +318,4 @@ def test_what_a_tiny_autoencoder_can_not_serve_is_refused(folders, tmp_path):
         ("train_dmd", {"tiny_vae": tmp_path / "scale"}, "must be None without a `regression_weight`"),
     ):
         with pytest.raises(ValueError, match=f"`tiny_vae` {message}"):
-            run_script(script, *flags(folders, "sd", tmp_path / "out", **settings))
+            run_script(name, *flags(folders, "sd", tmp_path / "out", **settings))

@@ -10,8 +10,8 @@ import torch
 from test_trainer import Scripted, arguments, batches_of
 
 from diffusers_onestep import train
+from diffusers_onestep.pictures import save_grid
 from diffusers_onestep.run_folder import checkpoints
-from diffusers_onestep.sampling import save_grid
 
 TOKEN, SECRET = "hf_" + "a1B2" * 6, "the-value-of-a-secret-variable"
 
@@ -79,6 +79,9 @@ def test_numbers_pictures_and_settings_arrive_and_no_secret(read, tmp_path, monk
     name = read.__name__.removeprefix("from_")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB__SERVICE_WAIT", "300")  # seconds that its other process may take to start
+    for kind in ("CACHE", "CONFIG", "DATA"):
+        monkeypatch.setenv(f"WANDB_{kind}_DIR", str(tmp_path / "wandb"))
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.setenv("SOME_API_KEY", SECRET)
     monkeypatch.setattr(sys, "argv", ["train.py", "--hub_token", TOKEN, "--caption_column", "text"])

@@ -19,7 +19,7 @@ from diffusers_onestep.arguments import run_script
 from diffusers_onestep.files import write_json
 from diffusers_onestep.methods.dode import DODEReport, end_of, trajectory
 from diffusers_onestep.records import command_line, provenance
-from diffusers_onestep.sampler import noises_and_labels
+from diffusers_onestep.sampler import shared_inputs
 from diffusers_onestep.schedulers import DODESchedulerMixin, distilled_copy, solver_for
 
 SOLVERS = ["ddim", "pndm", "ipndm", "dpmsolver++", "deis", "euler", "heun"]
@@ -67,7 +67,7 @@ class Comparison:
                 raise ValueError(f"`output_dir` {args.output_dir!r} holds a comparison with other settings.")
             self.content = {key: before.get(key, empty) for key, empty in self.content.items()}
         self.accelerator.wait_for_everyone()
-        noise, cond = noises_and_labels(
+        noise, cond = shared_inputs(
             self.teacher.sample_shape, self.teacher.num_labels, 2 * args.fit_samples, args.seed + 1
         )
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes

@@ -31,8 +31,8 @@ from diffusers_onestep.data import Batches, LabelledImages
 from diffusers_onestep.files import write_json, written_beside
 from diffusers_onestep.methods.pretrain import AutoencoderPretraining, Pretraining
 from diffusers_onestep.models import PromptedUNet
+from diffusers_onestep.pictures import picture, save_grid
 from diffusers_onestep.repository import write_repository
-from diffusers_onestep.sampling import picture, save_grid
 
 RECIPE = "emoji-sd"
 MAX_TOKENS = 32  # the longest caption has 26

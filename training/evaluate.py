@@ -33,7 +33,7 @@ from diffusers_onestep.prompts import read_prompts
 from diffusers_onestep.records import command_line
 from diffusers_onestep.reference import Reference
 from diffusers_onestep.reports import comparison_grid, markdown_table, quality_plot, stated, write_metrics
-from diffusers_onestep.sampler import conditions, image_shape, network_of, sampler, takes_prompts
+from diffusers_onestep.sampler import image_shape, inputs_of, network_of, sampler, takes_prompts
 
 PICTURES = 20  # on samples.png, of each model
 
@@ -151,9 +151,10 @@ def main(args: EvaluateArguments) -> None:
     models = [*([teacher] if teacher else []), *students]
     for model in models:  # what can not be sampled or measured is an error now
         if not extractor.takes(shape := image_shape(model, args.resolution)):
+            other = "give --extractor effnet-lite0 and its --reference" if shape[0] in (1, 3) else "these are latents"
             raise ValueError(
                 f"`extractor` must be one for images of shape {shape}, but {args.extractor!r} takes "
-                f"({extractor.allowed}) alone: give another, such as --extractor effnet-lite0, and its --reference."
+                f"({extractor.allowed}) alone: {other}."
             )
     reference = None
     if {"fd", *AGAINST_IMAGES} & set(args.metrics):
@@ -195,7 +196,7 @@ def main(args: EvaluateArguments) -> None:
     quality_plot(rows, output_dir / "quality.png")
     if teacher and students:
         pictures.append(sampler(students[0], num_inference_steps=model_steps(students[0], args)[-1], **fed[0]))
-        comparison_grid(*pictures, *conditions(teacher, PICTURES, args.seed, prompts), output_dir / "samples.png")
+        comparison_grid(*pictures, *inputs_of(teacher, PICTURES, args.seed, prompts), output_dir / "samples.png")
     if in_student:
         create_model_card(output_dir)
     args.push(output_dir)

@@ -156,18 +156,6 @@ def main(args: FitArguments) -> None:
         finish(teacher, scheduler, args, time.perf_counter() - started)
 
 
-# notes that the tables of one scheduler share
-_SAME_FOR_ALL = (
-    "teacher_model",
-    "revision",
-    "variant",
-    "guidance_scale",
-    "embedded_guidance",
-    "sample_shape",
-    "prompts",
-)
-
-
 def take_up(scheduler: DODESchedulerMixin, notes: dict, args: FitArguments) -> None:
     """Keep the tables that are in the folder already, if they are of the same solver, teacher, resolution, prompts and
     guidance.
@@ -178,15 +166,13 @@ def take_up(scheduler: DODESchedulerMixin, notes: dict, args: FitArguments) -> N
     folder = Path(args.output_dir) / "scheduler"
     if not (folder / scheduler.config_name).is_file():
         return
-    before = scheduler.load_config(folder)
-    differing = [
-        key
-        for key in ("_class_name", *inspect.signature(type(scheduler).__init__).parameters)
-        if key not in ("self", "dode_tables") and before.get(key) != json.loads(scheduler.to_json_string()).get(key)
-    ]
+    before, now = scheduler.load_config(folder), json.loads(scheduler.to_json_string())
+    shared = ["teacher_model", "revision", "variant", "guidance_scale", "embedded_guidance", "sample_shape", "prompts"]
+    keys = {"_class_name", *inspect.signature(type(scheduler).__init__).parameters} - {"self", "dode_tables"}
+    differing = [key for key in keys if before.get(key) != now.get(key)]
     for steps, table in (before.get("dode_tables") or {}).items():
         # a table of an earlier release may lack one
-        differing += [key for key in _SAME_FOR_ALL if key in table and table[key] != notes[key]]
+        differing += [key for key in shared if key in table and table[key] != notes[key]]
         if not differing:
             scheduler.add_table(int(steps), table)
     if differing:

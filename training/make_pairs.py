@@ -71,7 +71,7 @@ def main(args: PairArguments) -> None:
         embedded_guidance=args.embedded_guidance,
     )
     solver = teacher.reference_scheduler
-    check_deterministic(solver, "scheduler")
+    check_deterministic(solver, "The scheduler of `pretrained_teacher_model`")
     check_prompts(teacher.takes_prompts, args.prompts)
     prompts = read_prompts(args.prompts) if args.prompts else None
     labels = {} if prompts else teacher.encode()
@@ -99,7 +99,7 @@ def main(args: PairArguments) -> None:
     write_pairs(rows(), parts[accelerator.process_index], teacher.sample_shape)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        names = ("pretrained_teacher_model", "revision", "num_inference_steps", "guidance_scale", "seed")
+        names = ("pretrained_teacher_model", "revision", "variant", "num_inference_steps", "guidance_scale", "seed")
         record = {name: getattr(args, name) for name in names} | {"scheduler": type(solver).__name__}
         if teacher.takes_prompts:
             record["embedded_guidance"] = args.embedded_guidance

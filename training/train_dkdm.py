@@ -17,7 +17,7 @@ from diffusers_onestep.data import Batches, Conditions, Samples
 from diffusers_onestep.distillation import TeacherArguments, compression_hooks
 from diffusers_onestep.models import network_from_config, shrunk
 from diffusers_onestep.presets import DKDM_PRESETS
-from diffusers_onestep.prompts import PromptEmbeddings
+from diffusers_onestep.prompts import PromptEmbeddings, digest
 from diffusers_onestep.run_folder import checkpoint_to_go_on_from
 from diffusers_onestep.trainer import configure_networks
 
@@ -61,8 +61,9 @@ def main(args: DKDMArguments) -> None:
         )
     if args.dry_run:  # a reservoir is large, and takes hours to fill
         args.train_batch_size, args.global_batch_size, args.num_steps = 2, None, 4
+        checkpoint = None
     else:
-        checkpoint_to_go_on_from(Path(args.output_dir), args.resume_from_checkpoint)  # an error now, not hours later
+        checkpoint = checkpoint_to_go_on_from(Path(args.output_dir), args.resume_from_checkpoint)
     if args.reservoir_dtype not in ("float32", "float16"):
         raise ValueError(f"`reservoir_dtype` must be 'float32' or 'float16', but is {args.reservoir_dtype!r}.")
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
@@ -93,7 +94,8 @@ def main(args: DKDMArguments) -> None:
         sample_shape=teacher.sample_shape,
     )
     save, validate = compression_hooks(distiller, args, args.validation_inference_steps, teacher, samples)
-    prepare(distiller, args, accelerator)
+    if not args.dry_run and checkpoint is None:  # the first update prepares it, or `train` reads it
+        prepare(distiller, args, accelerator)
     train(distiller, Batches(Conditions(), args.train_batch_size, args.seed), args, save=save, validate=validate)
 
 
@@ -106,23 +108,20 @@ def trajectory_conditions(teacher: Teacher, samples: Samples, guidance_scale: fl
 
 def prepare(distiller: DKDM, args: DKDMArguments, accelerator: Accelerator) -> None:
     """Fill the reservoir, each process its own, on the device and in the precision of the run; a run that goes on
-    takes that of its checkpoint or, where it had come to none, the one that it has left in the folder.
+    without a checkpoint takes the one that it has left in the folder.
 
     Raises:
         ValueError: if what is left in the folder was made for another run.
     """
-    output_dir = Path(args.output_dir)
-    if args.dry_run or checkpoint_to_go_on_from(output_dir, args.resume_from_checkpoint):
-        return  # the first update prepares it, or `train` reads it
-    folder, origin = output_dir / "reservoir", reservoir_origin(distiller, args, accelerator.num_processes)
+    folder, settings = Path(args.output_dir) / "reservoir", reservoir_settings(distiller, args, accelerator)
     parts = sorted(folder.glob("reservoir-*.safetensors"))
     if args.resume_from_checkpoint and parts:
-        found = [distiller.reservoir.origin(part) for part in parts]
-        if found == [origin] * accelerator.num_processes:
+        found = [distiller.reservoir.made_for(part) for part in parts]
+        if found == [settings] * accelerator.num_processes:
             distiller.load_state(folder, accelerator.process_index, accelerator.num_processes)
             return
-        if others := [own for own in found if own != origin]:
-            differing = {k: (others[0].get(k, "unrecorded"), v) for k, v in origin.items() if others[0].get(k) != v}
+        if others := [own for own in found if own != settings]:
+            differing = {k: (others[0].get(k, "unrecorded"), v) for k, v in settings.items() if others[0].get(k) != v}
             raise ValueError(
                 f"`output_dir` must hold a reservoir of this run, but that in {str(folder)!r} has "
                 + ", ".join(f"`{name}` {theirs!r} instead of {ours!r}" for name, (theirs, ours) in differing.items())
@@ -144,20 +143,19 @@ def prepare(distiller: DKDM, args: DKDMArguments, accelerator: Accelerator) -> N
             part.unlink()
         folder.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
-    distiller.save_state(folder, accelerator.process_index, origin)
+    distiller.save_state(folder, accelerator.process_index, settings)
     accelerator.wait_for_everyone()
 
 
-def reservoir_origin(distiller: DKDM, args: DKDMArguments, num_processes: int) -> dict[str, Any]:
+def reservoir_settings(distiller: DKDM, args: DKDMArguments, accelerator: Accelerator) -> dict[str, Any]:
     """What makes a reservoir the one of a run."""
     chain, reservoir = distiller.chain, distiller.reservoir
-    return {
-        "pretrained_teacher_model": args.pretrained_teacher_model,
-        "revision": args.revision,
-        "guidance_scale": args.guidance_scale,
-        "scheme": args.scheme,
+    names = ["pretrained_teacher_model", "revision", "variant", "guidance_scale", "embedded_guidance", "scheme"]
+    prompts = getattr(reservoir.cond, "prompts", None)
+    return {name: getattr(args, name) for name in names} | {
         "seed": args.seed,
-        "num_processes": num_processes,
+        "num_processes": accelerator.num_processes,
+        "prompts": None if prompts is None else digest(*(prompt or "" for prompt in prompts)),
         "slots": len(reservoir),
         "conditions": len(reservoir.cond),
         "num_steps": chain.num_steps,

@@ -105,9 +105,12 @@ def real_images(dataset: str, teacher: Teacher) -> LabelledImages:
         )
     if num_labels is None:
         return LabelledImages(images.images, None)
-    if images.labels is None or not 0 <= images.labels.min() <= images.labels.max() < num_labels:
-        found = "has none" if images.labels is None else f"has {sorted(set(images.labels.tolist()))[-1] + 1}"
-        raise ValueError(f"`dataset` must have labels of the teacher's {num_labels}, but {dataset!r} {found}.")
+    low, high = (-1, -1) if images.labels is None else (value.item() for value in images.labels.aminmax())
+    if low < 0 or high >= num_labels:
+        found = "none" if images.labels is None else f"{low} to {high}"
+        raise ValueError(
+            f"`dataset` must have the teacher's labels 0..{num_labels - 1}, but those of {dataset!r} are {found}."
+        )
     return images
 
 

@@ -20,8 +20,9 @@ from diffusers_onestep.arguments import TrainArguments, run_script
 from diffusers_onestep.data import Batches, load_images
 from diffusers_onestep.methods.pretrain import Pretraining
 from diffusers_onestep.models import SpaceToDepthUNet2DModel
+from diffusers_onestep.pictures import picture, save_grid
 from diffusers_onestep.repository import write_repository
-from diffusers_onestep.sampling import picture, sample, save_grid
+from diffusers_onestep.sampling import sample
 
 # the scheduler says what the network learns: DDPM's noise, or EDM's preconditioned denoising. One trailing step starts
 # at the last timestep: several defaults would start at t = 0

@@ -247,20 +247,21 @@ class Reservoir:
         self.x[index[sound]] = x[sound]
         self.r[index] = torch.where(sound, self.r[index] - 1, 0)
 
-    def save(self, path: Path, origin: dict[str, Any] | None = None) -> None:
-        """Write states, times, conditions and offsets as safetensors, beside first, with what they were made of."""
+    def save(self, path: Path, made_for: dict[str, Any] | None = None) -> None:
+        """Write states, times, conditions and offsets as safetensors, beside first, with the settings of the run that
+        they were made for."""
         tensors = {"x": self.x, "r": self.r, "row": self.row, "offset": self.offset}
         about = {"num_timesteps": json.dumps(self.num_timesteps)}
-        if origin is not None:
-            about["origin"] = json.dumps(origin)
+        if made_for is not None:
+            about["made_for"] = json.dumps(made_for)
         with written_beside(Path(path)) as beside:
             save_file(tensors, beside, about)
 
     @staticmethod
-    def origin(path: Path) -> dict[str, Any]:
-        """What `save` was told that the slots of a file were made of."""
+    def made_for(path: Path) -> dict[str, Any]:
+        """The settings of the run that the slots of a file were made for, as `save` was told."""
         with safe_open(path, "pt") as file:
-            return json.loads(file.metadata().get("origin", "{}"))
+            return json.loads(file.metadata().get("made_for", "{}"))
 
     def load(self, paths: list[Path], rank: int = 0, ranks: int = 1) -> None:
         """Read what any number of processes saved, and keep this one's share of it.
@@ -490,9 +491,9 @@ class DKDM(Distiller):
         x_t = self.student.add_noise(x0, normal(x0.shape, generator, device), t)
         return (self.student.weight(t) * (self.student(x_t, t, cond) - x0) ** 2).mean()
 
-    def save_state(self, folder: Path, rank: int, origin: dict[str, Any] | None = None) -> None:
-        """This process's slots, into a checkpoint or, with what they were made of, a folder of their own."""
-        self.reservoir.save(Path(folder) / f"reservoir-{rank:05d}.safetensors", origin)
+    def save_state(self, folder: Path, rank: int, made_for: dict[str, Any] | None = None) -> None:
+        """This process's slots, into a checkpoint or, with settings of the run, a folder of their own."""
+        self.reservoir.save(Path(folder) / f"reservoir-{rank:05d}.safetensors", made_for)
 
     def load_state(self, folder: Path, rank: int, ranks: int) -> None:
         """This process's share of the slots that a checkpoint holds."""

@@ -241,7 +241,7 @@ def nested_teacher(
             f"but has {fine.config.get('prediction_type')!r}."
         )
     if not own:
-        check_deterministic(teacher_scheduler, "teacher_scheduler")
+        check_deterministic(teacher_scheduler, "`teacher_scheduler`")
     if places := _places(student, fine, steps, scale, device, own):
         return (_on_grid_of(fine) if own else fine), places
     others = [c for c in range(2, min(20, trained // steps) + 1) if _places(student, fine, steps, c, device, own)]

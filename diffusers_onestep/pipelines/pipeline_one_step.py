@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, LCMScheduler
+from diffusers import DDPMParallelScheduler, DDPMScheduler, DiffusionPipeline, LCMScheduler
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
@@ -22,6 +22,7 @@ from ..schedulers import OneStepScheduler
 
 PIXEL_PIPELINES = ("OneStepPipeline", "ConsistencyModelPipeline", "DDPMPipeline", "DDIMPipeline")
 
+LEARNED_VARIANCE = (DDPMScheduler, DDPMParallelScheduler)  # which take a network's channels of it
 LCM_STEPS = 50  # `original_inference_steps` of a stock LCMScheduler, which any number of steps may be taken with
 
 
@@ -274,7 +275,7 @@ class OneStepPipeline(DiffusionPipeline):
             for i, t in enumerate(self.scheduler.timesteps):
                 model_input = self.scheduler.scale_model_input(latents, t)
                 model_output = self.unet(model_input, t.expand(num_images), **cond, return_dict=False)[0]
-                if not isinstance(self.scheduler, DDPMScheduler):  # which alone samples with a learned variance
+                if not isinstance(self.scheduler, LEARNED_VARIANCE):
                     model_output = model_output[:, : latents.shape[1]]
                 latents = self.scheduler.step(model_output, t, latents, **step_kwargs, return_dict=False)[0]
                 if callback_on_step_end is not None:

@@ -43,7 +43,7 @@ SOLVERS: dict[str, tuple[type[DODESchedulerMixin], dict[str, Any]]] = {
 }
 
 # diffusers' DEIS ends its flow grid at a level that depends on the number of steps
-_FLOW = (DistilledDPMSolverMultistepScheduler, DistilledDPMSolverSinglestepScheduler)
+_FLOW_SOLVERS = (DistilledDPMSolverMultistepScheduler, DistilledDPMSolverSinglestepScheduler)
 
 
 def solver_for(name: str, teacher_scheduler: SchedulerMixin, **settings: Any) -> DODESchedulerMixin:
@@ -60,7 +60,7 @@ def solver_for(name: str, teacher_scheduler: SchedulerMixin, **settings: Any) ->
     config = teacher_scheduler.config
     schedule = NoiseSchedule.from_scheduler(teacher_scheduler)
     edm, flow = isinstance(schedule, EDMSchedule), isinstance(schedule, FlowSchedule)
-    fits = [n for n in SOLVERS if n.startswith("edm-") == edm and not (flow and SOLVERS[n][0] not in _FLOW)]
+    fits = [n for n in SOLVERS if n.startswith("edm-") == edm and not (flow and SOLVERS[n][0] not in _FLOW_SOLVERS)]
     if name not in fits:
         kind = f"{'flow matching ' if flow else ''}{type(teacher_scheduler).__name__}"
         raise ValueError(f"`solver` must be one of {fits} for a {kind}, but is {name!r}.")
