@@ -215,7 +215,8 @@ def _not_measured(rows: list[_Row], own: list[_Row], kind: str, teacher: str | N
     missing += [w for w in ("precision", "recall") if own and not re.search(rf"\b{w}-(?!at-)", measured)]
     if own and teacher and kind != "model" and not any(map(_is_teacher, rows)):
         missing.append("the teacher in the same run")
-    return [*missing, "people's preference", "copies of training images", "biases that it has from its teacher's data"]
+    source = "its teacher's data" if teacher or kind == "student" else "its data"
+    return [*missing, "people's preference", "copies of training images", f"biases that it has from {source}"]
 
 
 def _bibtex(paper: dict[str, str]) -> str:

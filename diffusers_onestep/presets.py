@@ -1,7 +1,7 @@
 """Published configurations by name: what the papers' tables were made with.
 
 `max_train_steps` is the published duration in images over the global batch; `train_batch_size` the published batch of
-one GPU, where it is known. PID and DKDM have no published text-to-image model.
+one GPU, where it is known (SiD's is CIFAR-10's). PID and DKDM have no published text-to-image model.
 
 What differs from the published runs: SDXL's four-step LoRA (DMD2) is an adapter beside a whole fake score, both are
 adapters here; DMD's Stable Diffusion runs regress on half or a quarter of the samples that they match, on all of them

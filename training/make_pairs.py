@@ -31,7 +31,7 @@ class PairArguments:
         default=None,
         metadata={"help": "Variant of the teacher's weight files, such as fp16; default: the plain ones."},
     )
-    num_pairs: int = field(default=10_000, metadata={"help": "Pairs to make; paper: 25,000 to 500,000."})
+    num_pairs: int = field(default=10_000, metadata={"help": "Pairs to make; papers: 25,000 to 12 million."})
     num_inference_steps: int = field(default=50, metadata={"help": "Steps of the teacher's solver."})
     guidance_scale: float = field(
         default=1.0, metadata={"help": "Guidance of the teacher, as the student's training will have it; 1.0: off."}

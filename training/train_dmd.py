@@ -30,7 +30,7 @@ class DMDArguments(DistillationArguments, DistanceArguments):
         default=1.0, metadata={"help": "Weight of distribution matching; 0: regression alone."}
     )
     regression_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the regression on pairs; paper: 0.25, 0.5; 0: off."}
+        default=0.0, metadata={"help": "Weight of the regression on pairs; papers: 0.1 to 1; 0: off."}
     )
     regression_loss: str = field(
         default="lpips", metadata={"help": "Distance of the regression: lpips, l2 or pseudo-huber."}
