@@ -310,7 +310,7 @@ def test_what_cannot_be_measured_is_refused():
         measure(samples, moments_alone, ["fd", "kid"])
     with pytest.raises(ValueError, match="`metrics` must be without 'clip_score' for samples without prompts"):
         measure(samples, None, ["clip_score"])
-    with pytest.raises(ValueError, match="`num_inference_steps` must be given for a teacher"):
+    with pytest.raises(ValueError, match="`num_inference_steps` must be given for a model of many steps"):
         evaluate(Teacher.from_pretrained("fashion32"), num_samples=2)
 
 

@@ -1,8 +1,12 @@
 """What keeps a training step small."""
 
+import os
+import platform
+import sys
+
 import pytest
 import torch
-from conftest import tiny_unet
+from conftest import run, tiny_unet
 from peft import LoraConfig
 from torch import nn
 
@@ -95,3 +99,29 @@ def test_gradients_travel_in_pieces():
     average_gradients(ranks, parameters, transfer_size=6)
     assert ranks.sizes == [8, 7]
     assert [p.grad.unique().tolist() for p in parameters if p.grad is not None] == [[2.0], [4.0], [8.0]]
+
+
+FAULTS = """
+import resource, torch
+from diffusers_onestep.trainer import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        activations = [torch.ones(24 * 2**18) for _ in range(3)]
+        del activations
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+keep_freed_memory()
+faults()
+assert (faults() > 10_000) == bool(EXPECTED)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+@pytest.mark.parametrize("environment", [{}, {"MALLOC_TRIM_THRESHOLD_": "1048576"}])
+def test_freed_activations_are_not_faulted_in_again_unless_the_environment_says_so(environment, monkeypatch):
+    for name in os.environ:
+        if name.startswith("MALLOC_"):
+            monkeypatch.delenv(name)
+    run([sys.executable, "-c", FAULTS.replace("EXPECTED", str(environment))], **environment)

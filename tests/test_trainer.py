@@ -403,6 +403,7 @@ def test_a_run_says_where_it_starts_and_that_its_warm_up_is_too_long(tmp_path, c
     train(Scripted(moves_at_once=False), batches_of(), arguments(tmp_path, **settings))
     assert f"No checkpoint in {tmp_path}: starting from the beginning." in capsys.readouterr().out
     assert "`lr_warmup_steps` (2) is not below `max_train_steps` (2)" in caplog.text
+    assert "The student is saved in checkpoints alone" in caplog.text
 
 
 def test_bad_input_ends_a_script_with_a_message(tmp_path):
