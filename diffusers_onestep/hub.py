@@ -242,9 +242,7 @@ def card_metadata(facts: dict[str, Any]) -> ModelCardData:
         EvalResult(
             task_type=task,
             dataset_type="fashion_mnist" if name.endswith("-fashion") else "custom",
-            dataset_name=_public_name(
-                row.reference or ("Fashion-MNIST (test)" if name.endswith("-fashion") else "see the card")
-            ),
+            dataset_name=row.reference or ("Fashion-MNIST (test)" if name.endswith("-fashion") else "see the card"),
             metric_type=name.lower(),
             metric_name=f"{name}, NFE {row.nfe}",
             metric_value=round(score.value, 4),
@@ -264,13 +262,6 @@ def card_metadata(facts: dict[str, Any]) -> ModelCardData:
         model_name=facts["title"] if results else None,
         eval_results=results or None,
     )
-
-
-def _public_name(reference: str) -> str:
-    """What numbers were measured against, without the folders of a local file or data set."""
-    path = Path(reference.split(", ")[0])  # a data set's split follows
-    local = "://" not in reference and (path.is_absolute() or path.suffix in (".npz", ".safetensors") or path.exists())
-    return Path(reference).name if local else reference
 
 
 def _is_repo_id(name: str) -> bool:

@@ -85,19 +85,20 @@ class Reference:
             reference = SHIPPED[extractor.label]
         name = str(reference)
         path = _from_hub(name) if name.startswith("hf://") else name
+        source = Path(name).name if path == name and Path(name).exists() else name  # published: no folders of a user
         if path.endswith(".safetensors"):
-            found = cls._from_safetensors(path, extractor)
+            found = cls._from_safetensors(path, extractor, source)
         elif path.endswith(".npz") and (arrays := _read_npz(path)).keys() & {"mu", "arr_0"}:
             if "arr_0" in arrays:
                 images = torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2).contiguous()
-                return cls.from_images(images, extractor, name, extract)
+                return cls.from_images(images, extractor, source, extract)
             mean, covariance = (torch.from_numpy(arrays[key]).double() for key in ("mu", "sigma"))
-            found = cls(mean, covariance, source=name)
+            found = cls(mean, covariance, source=source)
         elif path.endswith((".pkl", ".pt", ".pth")):
             raise ValueError(f"`reference` must be .safetensors, .npz or a data set, never a pickle, but is {name!r}.")
         else:
             real = load_images(path, split)
-            found = cls.from_images(real.images, extractor, f"{name}, {split}", extract)
+            found = cls.from_images(real.images, extractor, f"{source}, {split}", extract)
             return replace(found, captions=real.captions)
         blank = torch.zeros(1, extractor.channels, 32, 32, dtype=torch.uint8)
         dimension = extractor(blank)[0].shape[1]
@@ -109,7 +110,7 @@ class Reference:
         return found
 
     @classmethod
-    def _from_safetensors(cls, path: str, extractor: Extractor) -> "Reference":
+    def _from_safetensors(cls, path: str, extractor: Extractor, source: str) -> "Reference":
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
             if not {"mean", "covariance"} <= set(file.keys()):
@@ -124,7 +125,7 @@ class Reference:
             )
         number = int(about["num_images"]) if "num_images" in about else None
         known = (about.get(key) for key in ("extractor", "weights"))
-        return cls(mean, covariance, features, number, *known, about.get("source", path))
+        return cls(mean, covariance, features, number, *known, about.get("source", source))
 
     def save(self, path: str | os.PathLike, features: int = KEPT_FEATURES) -> None:
         """Write safetensors, beside and then renamed, with the features of at most `features` images, drawn at random,

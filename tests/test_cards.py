@@ -183,24 +183,6 @@ def test_a_teacher_that_was_measured_at_several_guidance_scales_is_the_teacher(f
 
 
 @pytest.mark.parametrize(
-    "reference, published",
-    [
-        ("/home/alice/secret/x.npz", "x.npz"),
-        ("secret/x.safetensors", "x.safetensors"),
-        ("/home/alice/secret/images, test", "images, test"),
-        ("uoft-cs/cifar10, test", "uoft-cs/cifar10, test"),
-        ("hf://datasets/user/set/x.npz", "hf://datasets/user/set/x.npz"),
-    ],
-)
-def test_folders_of_local_references_are_not_in_the_model_index(folder, reference, published):
-    row = {"metric": "FID", "num_samples": 10, "seed": 0, "value": 1.5, "nfe": 1, "images_per_second": 2.0}
-    row |= {"model": "s", "reference": reference}
-    (folder / "metrics.json").write_text(json.dumps({"results": [row], "hardware": "h", "versions": {}}))
-    (result,) = ModelCard.load(create_model_card(folder)).data.eval_results
-    assert result.dataset_name == published
-
-
-@pytest.mark.parametrize(
     "license, commercial, own_terms",
     [
         ({"license": "other", "license_name": "flux-1-dev-non-commercial-license"}, False, True),

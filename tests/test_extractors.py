@@ -254,6 +254,17 @@ def test_the_script_makes_the_reference_of_a_split(tmp_path):
         make(**given, features=20, output="r.npz")
 
 
+def test_folders_of_local_references_are_not_published(tmp_path):
+    network = FashionCNN.from_shipped()
+    images = torch.zeros(3, 1, 32, 32, dtype=torch.uint8)
+    np.savez(tmp_path / "adm.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
+    images = {"images_test": images[:, 0].numpy(), "labels_test": np.zeros(3, dtype=np.int64)}
+    np.savez(tmp_path / "set.npz", class_names=np.array(["one"]), **images)
+    Reference(torch.zeros(128), torch.eye(128)).save(tmp_path / "r.safetensors")
+    for name, source in (("adm.npz", "adm.npz"), ("set.npz", "set.npz, test"), ("r.safetensors", "")):
+        assert Reference.load(tmp_path / name, network).source == source
+
+
 def test_references_of_edm_and_adm_are_read_without_pickle(tmp_path):
     network = FashionCNN.from_shipped()
     images = torch.randint(0, 256, (30, 32, 32, 1), dtype=torch.uint8)
