@@ -121,7 +121,7 @@ assert (faults() > 10_000) == bool(EXPECTED)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
 @pytest.mark.parametrize("environment", [{}, {"MALLOC_TRIM_THRESHOLD_": "1048576"}])
 def test_freed_activations_are_not_faulted_in_again_unless_the_environment_says_so(environment, monkeypatch):
-    for name in os.environ:
+    for name in list(os.environ):
         if name.startswith("MALLOC_"):
             monkeypatch.delenv(name)
     run([sys.executable, "-c", FAULTS.replace("EXPECTED", str(environment))], **environment)
