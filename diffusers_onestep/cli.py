@@ -166,10 +166,10 @@ def sample(
         raise ValueError(f"`prompts` must not be given for a student that takes none, but are {prompts}.")
     if pipeline.student_steps is None:  # as teachers are sampled
         pipeline.scheduler = Teacher(pipeline).reference_scheduler
-    if pipeline.sample_shape[0] not in (1, 3):
+    if (channels := pipeline.sample_shape[0]) not in (1, 3):
         raise ValueError(
-            f"`model` must make images, but {model!r} makes latents of {pipeline.sample_shape[0]} channels: its card "
-            "says how to decode them."
+            f"`model` must make images, but {model!r} makes latents of {channels} channels: call the pipeline with "
+            "output_type='latent', and decode them as its teacher's card says."
         )
     labels = [int(label) if label.isdigit() else label for label in class_labels] if class_labels else None
     batch_size = len(labels) if labels else num_images

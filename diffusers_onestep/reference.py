@@ -125,7 +125,7 @@ class Reference:
             )
         number = int(about["num_images"]) if "num_images" in about else None
         known = (about.get(key) for key in ("extractor", "weights"))
-        return cls(mean, covariance, features, number, *known, about.get("source", source))
+        return cls(mean, covariance, features, number, *known, about.get("source") or source)
 
     def save(self, path: str | os.PathLike, features: int = KEPT_FEATURES) -> None:
         """Write safetensors, beside and then renamed, with the features of at most `features` images, drawn at random,

@@ -101,9 +101,6 @@ def part_of(cond: dict[str, Any], places: Sequence[int]) -> dict[str, Any]:
 _AS_TEACHERS = (DDPMScheduler, DDIMScheduler, EDMEulerScheduler)
 
 
-_AS_TEACHERS = (DDPMScheduler, DDIMScheduler, EDMEulerScheduler)
-
-
 def sampler(
     pipeline: Teacher | DiffusionPipeline,
     *,

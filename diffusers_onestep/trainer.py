@@ -633,8 +633,9 @@ def optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
 
 def keep_freed_memory() -> None:
     """Have glibc keep up to 2 GB of freed activations for the next pass: given back and asked for again, every page of
-    them costs a fault, a tenth of a step's time on the shipped teachers. `MALLOC_*` of the environment go first."""
-    if any(name.startswith("MALLOC_") for name in os.environ):
+    them costs a fault, a tenth of a step's time on the shipped teachers. Thresholds of the environment go first."""
+    own = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys()
+    if own or "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", ""):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

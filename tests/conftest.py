@@ -43,7 +43,7 @@ def script(name, *flags):
 
 
 def run(command, expected=0, **environment):
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=900)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=1500)
     assert done.returncode == expected, done.stderr[-3000:]
     return done
 

@@ -39,7 +39,8 @@ def test_processes_share_the_sampling_and_find_the_same_numbers(tmp_path):
     flags += ["--reference", str(tmp_path / "small.safetensors")]
     results = []
     for name, start in (("one", run), ("two", run_on_two_ranks)):
-        start(script("evaluate.py", *flags, "--output_dir", tmp_path / name), OMP_NUM_THREADS="1")
+        command = script("evaluate.py", *flags, "--output_dir", tmp_path / name)
+        start(command, ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
         results.append(json.loads((tmp_path / name / "metrics.json").read_text()))
         assert all((tmp_path / name / picture).is_file() for picture in ("quality.png", "samples.png"))
     teacher = Teacher.from_pretrained("fashion32")

@@ -261,7 +261,7 @@ def test_folders_of_local_references_are_not_published(tmp_path):
     images = {"images_test": images[:, 0].numpy(), "labels_test": np.zeros(3, dtype=np.int64)}
     np.savez(tmp_path / "set.npz", class_names=np.array(["one"]), **images)
     Reference(torch.zeros(128), torch.eye(128)).save(tmp_path / "r.safetensors")
-    for name, source in (("adm.npz", "adm.npz"), ("set.npz", "set.npz, test"), ("r.safetensors", "")):
+    for name, source in (("adm.npz", "adm.npz"), ("set.npz", "set.npz, test"), ("r.safetensors", "r.safetensors")):
         assert Reference.load(tmp_path / name, network).source == source
 
 

@@ -76,7 +76,7 @@ def test_a_step_without_data_needs_what_a_real_one_does(flags):
     for purpose in ("weights, frozen", "weights, trained", "optimizer", "EMA"):
         assert planned.memory[purpose] == pytest.approx(real.memory[purpose], abs=4096), purpose
     # garbage that Python has not collected yet counts too: of the real step, mostly
-    assert 0.92 * planned.peak <= real.peak <= 1.2 * planned.peak
+    assert 0.92 * planned.peak <= real.peak <= 1.15 * planned.peak
 
 
 def test_bytes_by_purpose():

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from conftest import tiny_unet
+from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.utils import logging
 from PIL import Image
 
@@ -71,6 +72,13 @@ def test_shipped_student_in_stock_diffusers_makes_the_same_image():
         for pipeline in (ours, stock)
     ]
     assert np.array_equal(*images)
+
+
+def test_latents_are_not_drawn(tmp_path, capsys):
+    OneStepPipeline(tiny_unet(channels=4), DDPMScheduler()).save_pretrained(tmp_path / "latents")
+    with pytest.raises(SystemExit):
+        main(["sample", str(tmp_path / "latents"), "--num_inference_steps", "2", "--output", str(tmp_path / "a.png")])
+    assert "makes latents of 4 channels" in capsys.readouterr().err and not (tmp_path / "a.png").exists()
 
 
 def test_sample_and_info_commands(tmp_path, capsys):
