@@ -44,7 +44,7 @@ def checkpoint_to_go_on_from(output_dir: Path, wanted: str | None) -> Path | Non
                 "folder, or go on with --resume_from_checkpoint latest."
             )
         return None
-    path = next(reversed(own), None) if wanted == "latest" else Path(wanted)
+    path = latest_checkpoint(output_dir) if wanted == "latest" else Path(wanted)
     if own and path.resolve().parent != own[0].resolve().parent:
         raise ValueError(
             f"`resume_from_checkpoint` must be one of the checkpoints that `output_dir` {str(output_dir)!r} holds "

@@ -61,7 +61,7 @@ def check_deterministic(scheduler: SchedulerMixin, what: str) -> None:
         for seed in (0, 1):
             torch.manual_seed(seed)
             ends.append(_solve(lambda x, t: torch.zeros_like(x), own, torch.ones(1, 1, 8, 8), 4))
-    if not torch.equal(*(end.nan_to_num() for end in ends)):
+    if not torch.equal(*(end.nan_to_num() for end in ends)):  # NaN, of unstable steps, is not equal to itself
         settings = {k: v for k, v in scheduler.config.items() if k in ("algorithm_type", "stochastic_sampling")}
         solver = type(scheduler).__name__ + (f" with {settings}" if settings else "")
         raise ValueError(f"{what} must be deterministic, such as DDIM, but is {solver}.")
