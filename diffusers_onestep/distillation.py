@@ -12,7 +12,7 @@ from peft import LoraConfig
 from torch import nn
 
 from .arguments import TrainArguments
-from .data import Batches, Conditions, Samples, load_pairs
+from .data import Batches, Conditions, LabelledImages, Samples, load_images, load_pairs
 from .denoiser import Cond, Denoiser, GuidedDenoiser
 from .health import Images, Watch
 from .lora import is_adapted, merged, save_lora_weights
@@ -194,6 +194,10 @@ class DistillationArguments(StudentArguments):
         metadata={"help": "Instead of start_ratio: the timesteps, noisiest first; several: a few-step student."},
     )
     fake_score_updates: int = field(default=1, metadata={"help": "Fake-score updates per student update."})
+    gan_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the student's GAN loss; DMD2: 1e-3 to 5e-3; 0: off."}
+    )
+    dataset: str | None = field(default=None, metadata={"help": "Real images for the GAN branch of a pixel teacher."})
     lora_rank: int | None = field(
         default=None,
         metadata={"help": "Train adapters of this rank on the teacher's weights; default: whole networks."},
@@ -216,12 +220,54 @@ class DistillationArguments(StudentArguments):
         if self.lora_rank is not None and self.lora_rank < 1:
             raise ValueError(f"`lora_rank` must be at least 1, but is {self.lora_rank}.")
 
+    def check_images(self) -> None:
+        """Raise a `ValueError` unless real images are named just where there is a GAN branch."""
+        if self.gan_weight and self.dataset is None and self.dataset_name is None:
+            raise ValueError(f"`dataset` must be given with a `gan_weight` of {self.gan_weight}, but is None.")
+        if not self.gan_weight and self.dataset is not None:
+            raise ValueError(f"`dataset` must be None without a `gan_weight`, but is {self.dataset!r}.")
+
+    def load_samples(self, teacher: Teacher, *, pairs: str | None = None) -> Samples:
+        """As of every method, with the real images of a GAN branch."""
+        if teacher.takes_prompts and self.dataset is not None:
+            raise ValueError(
+                "`dataset` must be None for a text-to-image teacher, whose images are those of `dataset_name`, but is "
+                f"{self.dataset!r}."
+            )
+        if self.gan_weight and not teacher.takes_prompts:
+            self.refuse_prompts()
+            return real_images(self.dataset, teacher)
+        return super().load_samples(teacher, images=bool(self.gan_weight), pairs=pairs)
+
     def lora_config(self) -> LoraConfig | None:
         """What the `lora_` flags say."""
         if self.lora_rank is None:
             return None
         alpha = self.lora_rank if self.lora_alpha is None else self.lora_alpha
         return LoraConfig(r=self.lora_rank, lora_alpha=alpha, target_modules=self.lora_target_modules)
+
+
+def real_images(dataset: str, teacher: Teacher) -> LabelledImages:
+    """The images of `load_images` as a pixel teacher takes them: of its shape, and with labels if it has any.
+
+    Raises:
+        ValueError: if they are of another shape, or lack its labels.
+    """
+    images, num_labels = load_images(dataset), teacher.num_labels
+    if (found := tuple(images.images.shape[1:])) != tuple(teacher.sample_shape):
+        raise ValueError(
+            f"`dataset` must hold images of the teacher's shape {tuple(teacher.sample_shape)} (channels, height, "
+            f"width), but those of {dataset!r} have {found}."
+        )
+    if num_labels is None:
+        return LabelledImages(images.images, None)
+    low, high = (-1, -1) if images.labels is None else (value.item() for value in images.labels.aminmax())
+    if low < 0 or high >= num_labels:
+        found = "none" if images.labels is None else f"{low} to {high}"
+        raise ValueError(
+            f"`dataset` must have the teacher's labels 0..{num_labels - 1}, but those of {dataset!r} are {found}."
+        )
+    return images
 
 
 def train_student(distiller: OneStepDistiller, batches: Batches, args: StudentArguments, teacher: Teacher) -> None:

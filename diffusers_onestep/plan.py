@@ -59,16 +59,15 @@ class PlanArguments(DistillationArguments):
     kappas: list[float] | None = field(
         default=None, metadata={"help": "Of SiD: SiD-LSG's guidance, as for train_sid.py."}
     )
-    gan_weight: float = field(default=0.0, metadata={"help": "Of DMD: not 0 for DMD2's GAN branch."})
     device: str = field(default="cuda", metadata={"help": "cuda or cpu: where the step is to run."})
 
     def __post_init__(self):
         super().__post_init__()
         if self.method not in METHODS:
             raise ValueError(f"`method` must be one of {sorted(METHODS)}, but is {self.method!r}.")
-        for name, method in (("sequential", "sid"), ("kappas", "sid"), ("gan_weight", "dmd")):
-            if getattr(self, name) and self.method != method:
-                raise ValueError(f"`{name}` must be off with method {self.method!r}: it is a flag of {method!r}.")
+        for name in ("sequential", "kappas"):
+            if getattr(self, name) and self.method != "sid":
+                raise ValueError(f"`{name}` must be off with method {self.method!r}: it is a flag of 'sid'.")
 
 
 @dataclass
@@ -187,10 +186,8 @@ def plan_step(network_config: dict, scheduler: Any, args: PlanArguments, vae_sca
     batch = {"batch_size": args.train_batch_size, "cond": example_cond(network, args.train_batch_size)}
     teacher = GuidedDenoiser(teacher, args.guidance_scale, {k: v[:1] for k, v in batch["cond"].items()})
     sample_shape = latent_shape(network, args.resolution, vae_scale)
-    options: dict[str, Any] = {"kappas": args.kappas, "sequential": args.sequential}
-    if args.method == "dmd":
-        options = {}
-        batch["x0"] = torch.zeros(args.train_batch_size, *sample_shape)
+    batch["x0"] = torch.zeros(args.train_batch_size, *sample_shape)
+    options = {"kappas": args.kappas, "sequential": args.sequential} if args.method == "sid" else {}
     distiller = METHODS[args.method](
         teacher,
         start_ratio=args.start_ratio,
@@ -214,7 +211,7 @@ def plan_step(network_config: dict, scheduler: Any, args: PlanArguments, vae_sca
 
 def networks_of(distiller: ScoreDistiller) -> list[nn.Module]:
     """All networks of a method, the GAN's head among them."""
-    heads = [distiller.head] if getattr(distiller, "head", None) is not None else []
+    heads = [] if distiller.head is None else [distiller.head]
     return [distiller.teacher, distiller.student, distiller.fake_score, *heads]
 
 

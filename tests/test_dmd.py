@@ -13,7 +13,8 @@ from diffusers_onestep import DMD, Denoiser, EDMSchedule, FlowSchedule, GuidedDe
 from diffusers_onestep.denoiser import predict_x0
 from diffusers_onestep.methods.base import normal
 from diffusers_onestep.methods.distances import image_distance
-from diffusers_onestep.methods.dmd import GANHead, distribution_matching_loss, gan_losses
+from diffusers_onestep.methods.dmd import distribution_matching_loss, gan_losses
+from diffusers_onestep.methods.gan import GANHead
 
 VP = VPSchedule(torch.linspace(0.9999, 0.01, 1000))
 EDM = EDMSchedule()

@@ -34,15 +34,23 @@ def images(path, shape=(6, 16, 16, 3), labels=3):
     return path
 
 
-def train(teacher, output, **settings):
+def train(teacher, output, script="train_dmd", **settings):
     given = {"pretrained_teacher_model": teacher, "output_dir": output, "max_train_steps": 1, "train_batch_size": 2}
     given |= {"lr_warmup_steps": 0} | settings
-    run_script("train_dmd", *(part for k, v in given.items() for part in (f"--{k}", v)))
+    run_script(script, *(part for k, v in given.items() for part in (f"--{k}", v)))
 
 
 def test_gan_of_an_unconditional_teacher_leaves_the_labels_out(unconditional, tmp_path):
     train(unconditional, tmp_path / "out", gan_weight=3e-3, dataset=images(tmp_path / "a.npz"))
     assert OneStepPipeline.from_pretrained(tmp_path / "out")(batch_size=1).images[0].size == (16, 16)
+
+
+def test_sid_has_the_gan_branch_too(teacher_folder, tmp_path):
+    grey = images(tmp_path / "a.npz", (6, 16, 16))
+    train(teacher_folder, tmp_path / "out", "train_sid", gan_weight=0.1, dataset=grey)
+    assert OneStepPipeline.from_pretrained(tmp_path / "out")(class_labels=[1]).images[0].size == (16, 16)
+    with pytest.raises(ValueError, match=r"`dataset` must be given with a `gan_weight` of 0\.1, but is None"):
+        train(teacher_folder, tmp_path / "none", "train_sid", gan_weight=0.1)
 
 
 def test_gan_of_a_labelled_teacher_needs_its_images(teacher_folder, tmp_path):

@@ -12,7 +12,7 @@ from diffusers_onestep.arguments import TrainArguments
 from diffusers_onestep.data import Batches, Conditions
 from diffusers_onestep.ema import HalfLifeEMA
 from diffusers_onestep.methods.base import normal, sample_generators
-from diffusers_onestep.methods.dmd import distribution_matching_loss
+from diffusers_onestep.methods.dmd import distribution_matching_loss, gan_losses
 from diffusers_onestep.methods.sid import sid_loss
 
 EDM = EDMSchedule()
@@ -215,6 +215,51 @@ def test_10_sequential_path_equals_autograd():
     (loss, gradient), (loss_sequential, gradient_sequential) = results
     torch.testing.assert_close(loss_sequential, loss, rtol=1e-5, atol=0)
     torch.testing.assert_close(gradient_sequential, gradient, rtol=1e-3, atol=1e-3 * gradient.abs().max().item())
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_the_gan_branch_adds_its_weighted_losses(sequential):
+    plain, gan = (
+        small_sid(sequential=sequential),
+        small_sid(sequential=sequential, gan_weight=0.3, gan_critic_weight=0.7),
+    )
+    gan.student.network.load_state_dict(plain.student.network.state_dict())
+    for distiller in (plain, gan):
+        distiller.teacher.network.load_state_dict(plain.teacher.network.state_dict())
+        distiller.fake_score.network.load_state_dict(plain.fake_score.network.state_dict())
+    with torch.no_grad():  # the scores move apart
+        for distiller in (plain, gan):
+            for parameter in distiller.fake_score.network.parameters():
+                parameter += 0.01
+    real = torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(3))
+
+    def losses(distiller, generator):
+        x0 = distiller.generate(BATCH, torch.Generator().manual_seed(1)).requires_grad_(True)
+        return x0, distiller.student_loss(x0, BATCH | {"x0": real}, generator)
+
+    generator = torch.Generator().manual_seed(2)
+    x0, expected = losses(plain, generator)
+    _, critic = gan_losses(None, gan.logits(x0, BATCH, generator))  # draws on from where SiD's loss stopped
+    expected = expected + 100.0 * 0.3 * critic
+    ours, loss = losses(gan, torch.Generator().manual_seed(2))
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
+    gradients = torch.autograd.grad(loss, ours)[0], torch.autograd.grad(expected, x0)[0]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4 * gradients[1].abs().max().item())
+
+    generator = torch.Generator().manual_seed(2)
+    images = x0.detach()
+    expected = plain.fake_score_loss(images, BATCH, generator)
+    logits = gan.logits(real, BATCH, generator), gan.logits(images, BATCH, generator)
+    expected = expected + 0.7 * gan_losses(*logits)[0]
+    loss = gan.fake_score_loss(images, BATCH | {"x0": real}, torch.Generator().manual_seed(2))
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
+    with pytest.raises(ValueError, match="`gan_weight` needs batches with real images"):
+        gan.fake_score_loss(images, BATCH)
+
+
+def test_the_gan_branch_has_no_augmentation():
+    with pytest.raises(ValueError, match=r"`augment_probability` must be 0 together with `gan_weight`, but is 0\.12"):
+        small_sid(gan_weight=0.1, augment_probability=0.12)
 
 
 def test_11_levels_of_the_edm_runs():

@@ -103,16 +103,15 @@ def run_steps(args: MeasureArguments) -> dict:
     denoiser = Denoiser(network, NoiseSchedule.from_scheduler(args.scheduler()), "epsilon")
     cond = example_cond(network, args.train_batch_size)
     sample_shape = latent_shape(network, args.resolution, VAE_SCALE)
-    batch = {"batch_size": args.train_batch_size, "cond": cond}
-    options = {"sequential": args.sequential, "kappas": args.kappas}
-    if args.method == "dmd":
-        options = {"gan_weight": args.gan_weight}
-        batch["x0"] = torch.randn(args.train_batch_size, *sample_shape)
+    real = torch.randn(args.train_batch_size, *sample_shape)
+    batch = {"batch_size": args.train_batch_size, "cond": cond, "x0": real}
+    options = {"sequential": args.sequential, "kappas": args.kappas} if args.method == "sid" else {}
     distiller = METHODS[args.method](
         GuidedDenoiser(denoiser, args.guidance_scale, {k: v[:1] for k, v in cond.items()}),
         start_ratio=args.start_ratio,
         student_timesteps=args.student_timesteps,
         fake_score_updates=args.fake_score_updates,
+        gan_weight=args.gan_weight,
         sample_shape=sample_shape,
         lora=args.lora_config(),
         **options,

@@ -1,6 +1,8 @@
 """Distil a teacher into a one-step student without data: score identity distillation (arXiv:2404.04057).
 
-accelerate launch training/train_sid.py --pretrained_teacher_model fashion32 --output_dir fashion32-sid
+    accelerate launch training/train_sid.py --pretrained_teacher_model fashion32 --output_dir fashion32-sid
+
+With real images, `--gan_weight 0.1 --dataset ...` (text-to-image: `--dataset_name`) adds a GAN branch, as SiDA does.
 """
 
 from dataclasses import dataclass, field
@@ -28,6 +30,9 @@ class SiDArguments(DistillationArguments):
         default=0.0,
         metadata={"help": "Probability of each change of the fake score's images; paper: 0.12, 0.15; 0: off."},
     )
+    gan_critic_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the critic's GAN loss, with a gan_weight."}
+    )
     network_dropout: float | None = field(
         default=None, metadata={"help": "Dropout of student and fake score; default: the teacher's."}
     )
@@ -39,6 +44,7 @@ class SiDArguments(DistillationArguments):
 
 
 def main(args: SiDArguments) -> None:
+    args.check_images()
     teacher = args.load_teacher()
     samples = args.load_samples(teacher)
     distiller = SiD(
@@ -50,6 +56,8 @@ def main(args: SiDArguments) -> None:
         kappas=args.kappas,
         sequential=args.sequential,
         augment_probability=args.augment_probability,
+        gan_weight=args.gan_weight,
+        gan_critic_weight=args.gan_critic_weight,
         network_dropout=args.network_dropout,
         fake_score_updates=args.fake_score_updates,
         student=args.load_student(),

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
-from torch import nn
 
 from ..denoiser import Denoiser
 from ..schedules import VPSchedule
-from .base import Paper, normal
+from .base import Paper
 from .distances import image_distance
+from .gan import gan_losses
 from .score import SD_RATIO, ScoreDistiller
 
 
@@ -34,76 +34,6 @@ def distribution_matching_loss(x0: torch.Tensor, teacher_x0: torch.Tensor, fake_
         g = (fake_x0 - teacher_x0) / w.reshape(-1, *[1] * (x0.ndim - 1))
         target = sample - g
     return 0.5 * F.mse_loss(x0.to(dtype), target)
-
-
-def gan_losses(real_logits: torch.Tensor | None, fake_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Critic and student loss of the non-saturating GAN: `mean softplus(fake) + mean softplus(-real)` and
-    `mean softplus(-fake)`. Without `real_logits` the first lacks its second term.
-
-    Source: Yin et al. 2024 (DMD2), Sec. 4.3; at matched distributions they are 2 ln 2 and ln 2.
-    """
-    critic = F.softplus(fake_logits).mean()
-    if real_logits is not None:
-        critic = critic + F.softplus(-real_logits).mean()
-    return critic, F.softplus(-fake_logits).mean()
-
-
-class GANHead(nn.Module):
-    """Bottleneck features `(B, C, h, w)` to one logit `(B, 1)`: stride-2 convolutions down to 4 x 4, then one of
-    kernel 4 (Yin et al. 2024 (DMD2), App. F.1). Features are cast to float32 first. Sides that are no power of two end
-    between 4 and 7, with more than one place; their logits are averaged."""
-
-    def __init__(self, channels: int, size: int | tuple[int, int]):
-        super().__init__()
-        side = min(size) if isinstance(size, tuple) else size
-        if side < 4:
-            raise ValueError(f"`size` of the bottleneck must be at least 4, but is {size}.")
-        # the paper's 32 groups; narrow networks get fewer, since a group of one value would be normalised to nothing
-        groups = min(32, max(1, channels // 8))
-        layers: list[nn.Module] = []
-        while side >= 8:
-            layers += [nn.Conv2d(channels, channels, 4, 2, 1), nn.GroupNorm(groups, channels), nn.SiLU()]
-            side //= 2
-        layers += [nn.Conv2d(channels, channels, 4), nn.GroupNorm(groups, channels), nn.SiLU()]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 1))
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.layers(features.float()).mean((2, 3))
-
-
-class Bottleneck:
-    """The features of a network's middle, as its last call left them: the output of a U-Net's middle block, or the
-    image tokens after the middle block of a transformer, where they lie in the image.
-
-    Args:
-        network (`nn.Module`): a U-Net with a `mid_block`, or a transformer with `transformer_blocks`.
-        aspect (`float`): height over width of the samples.
-    """
-
-    def __init__(self, network: nn.Module, aspect: float = 1.0):
-        blocks = [*getattr(network, "transformer_blocks", []), *getattr(network, "single_transformer_blocks", [])]
-        named = dict(network.named_modules())
-        middle = next((m for name, m in named.items() if name.rpartition(".")[2] == "mid_block"), None)
-        if middle is None and not blocks:
-            raise ValueError(
-                "`gan_weight` needs a U-Net with a `mid_block` or a transformer with `transformer_blocks`, but the "
-                f"teacher is {type(network).__name__}."
-            )
-        self.aspect = aspect
-        self.features: torch.Tensor | None = None
-        (middle or blocks[(len(blocks) - 1) // 2]).register_forward_hook(self._keep)
-
-    def _keep(self, module, inputs, output):
-        # blocks of two streams return text and image, in this order
-        self.features = output if isinstance(output, torch.Tensor) else output[-1]
-
-    def take(self) -> torch.Tensor:
-        """The features `(B, C, h, w)`, which are then let go."""
-        features, self.features = self.features, None
-        if features.ndim == 3:
-            height = round((features.shape[1] * self.aspect) ** 0.5)
-            features = features.transpose(1, 2).unflatten(2, (height, -1))
-        return features
 
 
 class DMD(ScoreDistiller):
@@ -162,6 +92,8 @@ class DMD(ScoreDistiller):
             student_timesteps=student_timesteps,
             student=student,
             fake_score_updates=fake_score_updates,
+            gan_weight=gan_weight,
+            gan_critic_weight=gan_critic_weight,
             sample_shape=sample_shape,
             lora=lora,
         )
@@ -173,27 +105,11 @@ class DMD(ScoreDistiller):
             raise ValueError("`matching_weight` and `regression_weight` must not both be 0.")
         self.level_ratios = level_ratios
         self.matching_weight = matching_weight
-        self.regression_weight, self.gan_weight = regression_weight, gan_weight
-        self.gan_critic_weight = gan_critic_weight
+        self.regression_weight = regression_weight
         self._distance = None
         if regression_weight:
             named = isinstance(regression_loss, str)
             self._distance = image_distance(regression_loss, "regression_loss") if named else regression_loss
-        self.head: GANHead | None = None
-        if gan_weight:
-            self.add_head()
-
-    def add_head(self) -> None:
-        """Make the GAN's head, as wide as the features in the middle of the fake score."""
-        self._bottleneck = Bottleneck(self.fake_score.network, self.sample_shape[1] / self.sample_shape[2])
-        self.head = GANHead(*self._bottleneck_shape())
-
-    @property
-    def trainable(self):
-        parts = super().trainable
-        if self.head is None:
-            return parts
-        return parts | {"fake_score": nn.ModuleList([parts["fake_score"], self.head])}
 
     def updates(self, batch, generator=None):
         if self.matching_weight:
@@ -206,9 +122,8 @@ class DMD(ScoreDistiller):
         loss = self.matching_weight * distribution_matching_loss(x0, *self.scores(x0, batch, generator))
         if self.regression_weight:
             loss = loss + self.regression_weight * self.regression_loss(batch)
-        if self.head is not None:
-            fake_logits = self.logits(x0, batch, generator)
-            loss = loss + self.gan_weight * gan_losses(None, fake_logits)[1]
+        if self.gan_weight:
+            loss = loss + self.gan_weight * gan_losses(None, self.logits(x0, batch, generator))[1]
         return loss
 
     def regression_loss(self, batch) -> torch.Tensor:
@@ -222,22 +137,6 @@ class DMD(ScoreDistiller):
         x0 = self.student(x_t, self._full(self.student_timesteps[0], x_t), batch.get("cond"))
         return self._distance(x0, batch["target"])
 
-    def fake_score_loss(self, x0, batch, generator=None):
-        loss = super().fake_score_loss(x0, batch, generator)
-        if self.head is not None:
-            if "x0" not in batch:
-                raise ValueError(f"`gan_weight` needs batches with real images 'x0', but these have {sorted(batch)}.")
-            logits = self.logits(batch["x0"], batch, generator), self.logits(x0, batch, generator)
-            loss = loss + self.gan_critic_weight * gan_losses(*logits)[0]
-        return loss
-
-    def logits(self, x0, batch, generator=None) -> torch.Tensor:
-        """The head's verdict `(B, 1)` on `x0`, noised afresh at any timestep (diffusion GAN)."""
-        t = self.fake_score_level(x0.shape[0], generator, x0.device)
-        x_t = self.fake_score.add_noise(x0, normal(x0.shape, generator, x0.device), t)
-        self.fake_score(x_t, t, batch.get("cond"))
-        return self.head(self._bottleneck.take())
-
     def student_level(self, batch_size, generator, device):
         if self.level_ratios is not None:
             return self.uniform_between(*self.level_ratios, batch_size, generator, device)
@@ -250,15 +149,3 @@ class DMD(ScoreDistiller):
     @staticmethod
     def reduce(error):
         return error.mean()
-
-    def _bottleneck_shape(self) -> tuple[int, tuple[int, int]]:
-        network = self.fake_score.network
-        device = next(network.parameters()).device
-        x_t = torch.zeros(1, *self.sample_shape, device=device)
-        cond = {k: v.to(device) for k, v in self.negative_cond.items()}
-        if not cond and getattr(network.config, "num_class_embeds", None) is not None:
-            cond = {"class_labels": torch.zeros(1, dtype=torch.long, device=device)}
-        with torch.no_grad():
-            self.fake_score(x_t, self._full(self.student_timesteps[0], x_t), cond)
-        features = self._bottleneck.take()
-        return features.shape[1], tuple(features.shape[2:])

@@ -24,6 +24,7 @@ from .base import (
     normal,
     uniform,
 )
+from .gan import Bottleneck, GANHead, gan_losses
 
 # sigma / alpha of Stable Diffusion's scaled-linear betas at the ends of the papers' draws: the same levels elsewhere
 SD_RATIO = {20: 0.138, 979: 12.9663, 980: 13.04}
@@ -39,6 +40,8 @@ class ScoreDistiller(OneStepDistiller):
         student_timesteps (`list` of timesteps, *optional*): overrides `start_ratio`; several make a few-step student.
         student (`Denoiser`, *optional*): where the student starts from, if not at the teacher.
         fake_score_updates (`int`, *optional*): fake-score updates per student update.
+        gan_weight (`float`, *optional*): of the student's GAN loss; batches then need real images `"x0"`.
+        gan_critic_weight (`float`, *optional*): of the critic's, in the fake score's loss.
         sample_shape (`tuple`, *optional*): `(C, H, W)` of model space, for networks without a diffusers config.
         lora (`LoraConfig`, *optional*): makes student and fake score two float32 adapters on the teacher's weights
             instead of two copies; without `target_modules`, on every layer that is wider than the rank.
@@ -58,6 +61,8 @@ class ScoreDistiller(OneStepDistiller):
         student_timesteps: list[float] | None,
         student: Denoiser | None,
         fake_score_updates: int,
+        gan_weight: float,
+        gan_critic_weight: float,
         sample_shape: tuple[int, int, int] | None,
         lora: LoraConfig | None,
     ):
@@ -92,10 +97,22 @@ class ScoreDistiller(OneStepDistiller):
         _, sigma = schedule.alpha_sigma(torch.tensor(self.student_timesteps[:1], dtype=torch.float64))
         unit = not self.signal_free and not isinstance(schedule, EDMSchedule)
         self.init_noise_sigma = 1.0 if unit else sigma.item()
+        self.gan_weight, self.gan_critic_weight = gan_weight, gan_critic_weight
+        self.head: GANHead | None = None
+        if gan_weight:
+            self.add_head()
+
+    def add_head(self) -> None:
+        """Make the GAN's head, as wide as the features in the middle of the fake score."""
+        self._bottleneck = Bottleneck(self.fake_score.network, self.sample_shape[1] / self.sample_shape[2])
+        self.head = GANHead(*self._bottleneck_shape())
 
     @property
     def trainable(self) -> dict[str, nn.Module]:
-        return {"student": trained_part(self.student.network), "fake_score": trained_part(self.fake_score.network)}
+        fake_score = trained_part(self.fake_score.network)
+        if self.head is not None:
+            fake_score = nn.ModuleList([fake_score, self.head])
+        return {"student": trained_part(self.student.network), "fake_score": fake_score}
 
     # the algorithm box
 
@@ -180,7 +197,20 @@ class ScoreDistiller(OneStepDistiller):
         t = self.fake_score_level(x0.shape[0], generator, x0.device)
         x_t = self.fake_score.add_noise(x0, normal(x0.shape, generator, x0.device), t)
         fake_x0 = self.guided_fake_score(self.fake_guidance[0])(x_t, t, batch.get("cond"))
-        return self.reduce(self.fake_score_weight(t) * (fake_x0 - x0) ** 2)
+        loss = self.reduce(self.fake_score_weight(t) * (fake_x0 - x0) ** 2)
+        if self.gan_weight:
+            if "x0" not in batch:
+                raise ValueError(f"`gan_weight` needs batches with real images 'x0', but these have {sorted(batch)}.")
+            logits = self.logits(batch["x0"], batch, generator), self.logits(x0, batch, generator)
+            loss = loss + self.gan_critic_weight * gan_losses(*logits)[0]
+        return loss
+
+    def logits(self, x0: torch.Tensor, batch: Batch, generator: Generators = None) -> torch.Tensor:
+        """The head's verdict `(B, 1)` on `x0`, noised afresh at any timestep (diffusion GAN)."""
+        t = self.fake_score_level(x0.shape[0], generator, x0.device)
+        x_t = self.fake_score.add_noise(x0, normal(x0.shape, generator, x0.device), t)
+        self.fake_score(x_t, t, batch.get("cond"))
+        return self.head(self._bottleneck.take())
 
     def fake_score_batch(self, batch: Batch, generator: Generators = None) -> Batch:
         """The batch that the fake score learns from, in which a method may drop conditions."""
@@ -248,6 +278,18 @@ class ScoreDistiller(OneStepDistiller):
         low, high = (self.teacher.schedule.timestep(ratio) for ratio in (low_ratio, high_ratio))
         u = uniform(batch_size, generator, device)
         return low + u * (high - low) if low.is_floating_point() else low + (u * (high - low + 1)).long()
+
+    def _bottleneck_shape(self) -> tuple[int, tuple[int, int]]:
+        network = self.fake_score.network
+        device = next(network.parameters()).device
+        x_t = torch.zeros(1, *self.sample_shape, device=device)
+        cond = {k: v.to(device) for k, v in self.negative_cond.items()}
+        if not cond and getattr(network.config, "num_class_embeds", None) is not None:
+            cond = {"class_labels": torch.zeros(1, dtype=torch.long, device=device)}
+        with torch.no_grad():
+            self.fake_score(x_t, self._full(self.student_timesteps[0], x_t), cond)
+        features = self._bottleneck.take()
+        return features.shape[1], tuple(features.shape[2:])
 
     @staticmethod
     def _full(t: float, x: torch.Tensor) -> torch.Tensor:

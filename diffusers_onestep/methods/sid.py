@@ -15,6 +15,7 @@ from ..denoiser import Denoiser, GuidedDenoiser
 from ..models import set_dropout
 from ..schedules import EDMSchedule, FlowSchedule, VPSchedule, karras_sigma
 from .base import Paper, edm_training_level, normal, uniform
+from .gan import gan_losses
 from .score import SD_RATIO, ScoreDistiller
 
 logger = logging.get_logger(__name__)
@@ -71,6 +72,10 @@ class SiD(ScoreDistiller):
         augment_probability (`float`, *optional*, defaults to 0.0): of each geometric change of the images that the
             fake score learns from, for networks that take augmentation labels (0.12 and 0.15 in the paper's runs); the
             student's step and sampling have none.
+        gan_weight (`float`, *optional*, defaults to 0.0): of the student's GAN loss beside SiD's, inside `loss_scale`:
+            adversarial SiD on real images `"x0"` of the batches (SiDA, Zhou et al. 2024, arXiv:2410.14919), with
+            DMD2's head and levels.
+        gan_critic_weight (`float`, *optional*, defaults to 1.0): of the critic's, beside a sum over pixels.
         network_dropout (`float`, *optional*): dropout of the student and the fake score; by default the teacher's.
         student, student_timesteps, fake_score_updates, sample_shape, lora: see `ScoreDistiller`.
     """
@@ -95,6 +100,8 @@ class SiD(ScoreDistiller):
         kappas: float | Sequence[float] | None = None,
         sequential: bool = False,
         augment_probability: float = 0.0,
+        gan_weight: float = 0.0,
+        gan_critic_weight: float = 1.0,
         network_dropout: float | None = None,
         fake_score_updates: int = 1,
         student: Denoiser | None = None,
@@ -111,6 +118,8 @@ class SiD(ScoreDistiller):
             student_timesteps=student_timesteps,
             student=student,
             fake_score_updates=fake_score_updates,
+            gan_weight=gan_weight,
+            gan_critic_weight=gan_critic_weight,
             sample_shape=sample_shape,
             lora=lora,
         )
@@ -121,6 +130,11 @@ class SiD(ScoreDistiller):
         self.alpha, self.loss_scale, self.sequential = alpha, loss_scale, sequential
         if not 0 <= augment_probability <= 1:
             raise ValueError(f"`augment_probability` must lie between 0 and 1, but is {augment_probability}.")
+        if augment_probability and gan_weight:
+            raise ValueError(
+                f"`augment_probability` must be 0 together with `gan_weight`, but is {augment_probability}: the "
+                "critic sees plain images."
+            )
         self.augment_probability = augment_probability
         config = getattr(self.teacher.network, "config", None) or {}
         if augment_probability and config.get("augment_dim", 0) != AUGMENT_DIM:
@@ -169,9 +183,12 @@ class SiD(ScoreDistiller):
 
     def student_loss(self, x0, batch, generator=None):
         if self.sequential:
-            return self.loss_scale * self.sequential_loss(x0, batch, generator)
-        teacher_x0, fake_x0 = self.scores(x0, batch, generator)
-        return self.loss_scale * sid_loss(x0, teacher_x0, fake_x0, alpha=self.alpha)
+            loss = self.sequential_loss(x0, batch, generator)
+        else:
+            loss = sid_loss(x0, *self.scores(x0, batch, generator), alpha=self.alpha)
+        if self.gan_weight:
+            loss = loss + self.gan_weight * gan_losses(None, self.logits(x0, batch, generator))[1]
+        return self.loss_scale * loss
 
     def fake_score_loss(self, x0, batch, generator=None):
         if self.augment_probability:
