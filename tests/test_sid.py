@@ -219,42 +219,42 @@ def test_10_sequential_path_equals_autograd():
 
 @pytest.mark.parametrize("sequential", [False, True])
 def test_the_gan_branch_adds_its_weighted_losses(sequential):
-    plain, gan = (
-        small_sid(sequential=sequential),
-        small_sid(sequential=sequential, gan_weight=0.3, gan_critic_weight=0.7),
-    )
-    gan.student.network.load_state_dict(plain.student.network.state_dict())
-    for distiller in (plain, gan):
-        distiller.teacher.network.load_state_dict(plain.teacher.network.state_dict())
-        distiller.fake_score.network.load_state_dict(plain.fake_score.network.state_dict())
+    """SiDA: the critic judges at the noise and level of the scores, real images too."""
+    gan = small_sid(sequential=sequential, gan_weight=0.3, gan_critic_weight=0.7)
     with torch.no_grad():  # the scores move apart
-        for distiller in (plain, gan):
-            for parameter in distiller.fake_score.network.parameters():
-                parameter += 0.01
+        for parameter in gan.fake_score.network.parameters():
+            parameter += 0.01
     real = torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(3))
+    cond, features = BATCH["cond"], []
 
-    def losses(distiller, generator):
-        x0 = distiller.generate(BATCH, torch.Generator().manual_seed(1)).requires_grad_(True)
-        return x0, distiller.student_loss(x0, BATCH | {"x0": real}, generator)
+    def draws(level):
+        generator = torch.Generator().manual_seed(2)
+        return level(4, generator, None), normal(x0.shape, generator)
 
-    generator = torch.Generator().manual_seed(2)
-    x0, expected = losses(plain, generator)
-    _, critic = gan_losses(None, gan.logits(x0, BATCH, generator))  # draws on from where SiD's loss stopped
-    expected = expected + 100.0 * 0.3 * critic
-    ours, loss = losses(gan, torch.Generator().manual_seed(2))
+    def verdict(images, noise, t):
+        hook = gan.fake_score.network.mid_block.register_forward_hook(lambda m, i, output: features.append(output))
+        fake_x0 = gan.fake_score(gan.fake_score.add_noise(images, noise, t), t, cond)
+        hook.remove()
+        return fake_x0, gan.head(features[-1])
+
+    x0 = gan.generate(BATCH, torch.Generator().manual_seed(1)).detach().requires_grad_(True)
+    loss = gan.student_loss(x0, BATCH, torch.Generator().manual_seed(2))
+    t, noise = draws(gan.student_level)
+    fake_x0, logits = verdict(x0, noise, t)
+    teacher_x0 = gan.teacher(gan.teacher.add_noise(x0, noise, t), t, cond)
+    expected = 100 * (sid_loss(x0, teacher_x0, fake_x0, alpha=1.2) + 0.3 * gan_losses(None, logits)[1])
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
-    gradients = torch.autograd.grad(loss, ours)[0], torch.autograd.grad(expected, x0)[0]
-    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4 * gradients[1].abs().max().item())
+    ours, theirs = (torch.autograd.grad(value, x0)[0] for value in (loss, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())
 
-    generator = torch.Generator().manual_seed(2)
-    images = x0.detach()
-    expected = plain.fake_score_loss(images, BATCH, generator)
-    logits = gan.logits(real, BATCH, generator), gan.logits(images, BATCH, generator)
-    expected = expected + 0.7 * gan_losses(*logits)[0]
-    loss = gan.fake_score_loss(images, BATCH | {"x0": real}, torch.Generator().manual_seed(2))
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
+    loss = gan.fake_score_loss(x0.detach(), BATCH | {"x0": real}, torch.Generator().manual_seed(2))
+    t, noise = draws(gan.fake_score_level)
+    fake_x0, fake_logits = verdict(x0.detach(), noise, t)
+    denoising = (gan.fake_score_weight(t) * (fake_x0 - x0) ** 2).sum() / 4
+    critic, _ = gan_losses(verdict(real, noise, t)[1], fake_logits)
+    torch.testing.assert_close(loss, denoising + 0.7 * critic, rtol=1e-5, atol=1e-4)
     with pytest.raises(ValueError, match="`gan_weight` needs batches with real images"):
-        gan.fake_score_loss(images, BATCH)
+        gan.fake_score_loss(x0.detach(), BATCH)
 
 
 def test_the_gan_branch_has_no_augmentation():

@@ -195,22 +195,35 @@ class ScoreDistiller(OneStepDistiller):
         """Denoising score matching of the fake score on the student's samples `x0`, `mean` or `sum` as the paper has
         it."""
         t = self.fake_score_level(x0.shape[0], generator, x0.device)
-        x_t = self.fake_score.add_noise(x0, normal(x0.shape, generator, x0.device), t)
+        noise = normal(x0.shape, generator, x0.device)
+        x_t = self.fake_score.add_noise(x0, noise, t)
         fake_x0 = self.guided_fake_score(self.fake_guidance[0])(x_t, t, batch.get("cond"))
         loss = self.reduce(self.fake_score_weight(t) * (fake_x0 - x0) ** 2)
         if self.gan_weight:
             if "x0" not in batch:
                 raise ValueError(f"`gan_weight` needs batches with real images 'x0', but these have {sorted(batch)}.")
-            logits = self.logits(batch["x0"], batch, generator), self.logits(x0, batch, generator)
+            logits = self.critic_logits(x0, noise, t, batch, generator)
             loss = loss + self.gan_critic_weight * gan_losses(*logits)[0]
         return loss
+
+    def critic_logits(
+        self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, batch: Batch, generator: Generators = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The verdicts that the critic learns from, on the batch's real images and on the student's samples `x0`, each
+        noised afresh as in DMD2; SiDA takes the `noise` and `t` that the fake score has just learned at."""
+        return self.logits(batch["x0"], batch, generator), self.logits(x0, batch, generator)
 
     def logits(self, x0: torch.Tensor, batch: Batch, generator: Generators = None) -> torch.Tensor:
         """The head's verdict `(B, 1)` on `x0`, noised afresh at any timestep (diffusion GAN)."""
         t = self.fake_score_level(x0.shape[0], generator, x0.device)
         x_t = self.fake_score.add_noise(x0, normal(x0.shape, generator, x0.device), t)
         self.fake_score(x_t, t, batch.get("cond"))
-        return self.head(self._bottleneck.take())
+        return self.last_logits(x0.shape[0])
+
+    def last_logits(self, batch_size: int) -> torch.Tensor:
+        """The head's verdict `(B, 1)` on what the fake score saw in its last call, under guidance on the half with a
+        condition."""
+        return self.head(self._bottleneck.take()[-batch_size:])
 
     def fake_score_batch(self, batch: Batch, generator: Generators = None) -> Batch:
         """The batch that the fake score learns from, in which a method may drop conditions."""

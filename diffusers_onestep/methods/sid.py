@@ -74,7 +74,7 @@ class SiD(ScoreDistiller):
             student's step and sampling have none.
         gan_weight (`float`, *optional*, defaults to 0.0): of the student's GAN loss beside SiD's, inside `loss_scale`:
             adversarial SiD on real images `"x0"` of the batches (SiDA, Zhou et al. 2024, arXiv:2410.14919), with
-            DMD2's head and levels.
+            DMD2's head, and from the first update on.
         gan_critic_weight (`float`, *optional*, defaults to 1.0): of the critic's, beside a sum over pixels.
         network_dropout (`float`, *optional*): dropout of the student and the fake score; by default the teacher's.
         student, student_timesteps, fake_score_updates, sample_shape, lora: see `ScoreDistiller`.
@@ -183,12 +183,20 @@ class SiD(ScoreDistiller):
 
     def student_loss(self, x0, batch, generator=None):
         if self.sequential:
-            loss = self.sequential_loss(x0, batch, generator)
-        else:
-            loss = sid_loss(x0, *self.scores(x0, batch, generator), alpha=self.alpha)
+            return self.loss_scale * self.sequential_loss(x0, batch, generator)
+        loss = sid_loss(x0, *self.scores(x0, batch, generator), alpha=self.alpha)
         if self.gan_weight:
-            loss = loss + self.gan_weight * gan_losses(None, self.logits(x0, batch, generator))[1]
+            loss = loss + self.gan_loss(x0.shape[0])
         return self.loss_scale * loss
+
+    def gan_loss(self, batch_size: int) -> torch.Tensor:
+        """The student's weighted loss against the critic, on the features of the score's own call."""
+        return self.gan_weight * gan_losses(None, self.last_logits(batch_size))[1]
+
+    def critic_logits(self, x0, noise, t, batch, generator=None):
+        fake_logits = self.last_logits(x0.shape[0])
+        self.fake_score(self.fake_score.add_noise(batch["x0"], noise, t), t, batch.get("cond"))
+        return self.last_logits(x0.shape[0]), fake_logits
 
     def fake_score_loss(self, x0, batch, generator=None):
         if self.augment_probability:
@@ -202,7 +210,7 @@ class SiD(ScoreDistiller):
         return super().last_step(x_t, t, cond)
 
     def sequential_loss(self, x0, batch, generator=None):
-        """The same value and gradient as `sid_loss`, with one score network's activations at a time.
+        """The same value and gradient as the plain loss, with one score network's activations at a time.
 
         Gradients of the loss in its three arguments come from a pass without graph; each network is then run again
         for its vector-Jacobian product, and the student again in the backward pass.
@@ -220,8 +228,11 @@ class SiD(ScoreDistiller):
             loss = sid_loss(leaf, teacher_x0, fake_x0, alpha=self.alpha)
             direct, *cotangents = torch.autograd.grad(loss, (leaf, teacher_x0, fake_x0))
             for network, cotangent in zip(networks, cotangents, strict=True):
-                x0_pred = network(self.student.add_noise(leaf, noise, t), t, cond)
-                direct = direct + torch.autograd.grad(x0_pred, leaf, cotangent)[0]
+                outputs = [network(self.student.add_noise(leaf, noise, t), t, cond)]
+                if self.gan_weight and network is not self.teacher:
+                    outputs.append(self.gan_loss(x0.shape[0]))
+                    loss = loss + outputs[1].detach()
+                direct = direct + torch.autograd.grad(outputs, leaf, [cotangent, None][: len(outputs)])[0]
         direct = direct.nan_to_num(nan=0.0)  # 0 * inf, of samples that the loss has left out
         # the value of the loss, with the gradient that was just found
         return loss.detach() + (direct.detach() * (x0 - x0.detach())).sum()
