@@ -39,6 +39,22 @@ def test_stable_diffusions_levels(teacher):
     assert (t.min().item(), t.max().item()) == (0, 999)
 
 
+def test_a_run_names_the_paper_of_what_it_does(teacher):
+    runs = {
+        "2404.04057": [SiD(teacher)],
+        "2406.01561": [SiD(teacher, kappas=1.5)],
+        "2410.14919": [SiD(teacher, gan_weight=1.0), SiD(teacher, kappas=1.5, gan_weight=1.0)],
+        "2311.18828": [DMD(teacher), DMD(teacher, regression_weight=0.25, regression_loss="l2")],
+        "2405.14867": [
+            DMD(teacher, gan_weight=1e-3),
+            DMD(teacher, fake_score_updates=5),
+            DMD(teacher, student_timesteps=[999, 499]),
+        ],
+    }
+    for arxiv_id, distillers in runs.items():
+        assert {distiller.paper.arxiv_id for distiller in distillers} == {arxiv_id}
+
+
 def test_guiding_the_noise_is_guiding_the_sample(teacher):
     cond, null = teacher.encode(PROMPTS[:1]), teacher.null_condition(1)
     x_t, t = torch.randn(1, 4, 8, 8, generator=seeded()), torch.tensor([400])

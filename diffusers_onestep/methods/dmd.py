@@ -14,6 +14,12 @@ from .distances import image_distance
 from .gan import gan_losses
 from .score import SD_RATIO, ScoreDistiller
 
+DMD2 = Paper(
+    title="Improved Distribution Matching Distillation for Fast Image Synthesis",
+    arxiv_id="2405.14867",
+    citation="Yin, Gharbi, Park, Zhang, Shechtman, Durand, Freeman, NeurIPS 2024",
+)
+
 
 def distribution_matching_loss(x0: torch.Tensor, teacher_x0: torch.Tensor, fake_x0: torch.Tensor) -> torch.Tensor:
     """`0.5 * mean((x0 - stopgrad(x0 - g))**2)` with `g = (fake_x0 - teacher_x0) / mean|x0 - teacher_x0|` per sample.
@@ -97,6 +103,8 @@ class DMD(ScoreDistiller):
             sample_shape=sample_shape,
             lora=lora,
         )
+        if gan_weight or fake_score_updates > 1 or len(self.student_timesteps) > 1:
+            self.paper = DMD2
         if level_ratios is not None and not (len(level_ratios) == 2 and 0 < level_ratios[0] < level_ratios[1]):
             raise ValueError(f"`level_ratios` must be two rising positive numbers, but are {level_ratios}.")
         if level_ratios is None and isinstance(self.teacher.schedule, VPSchedule):

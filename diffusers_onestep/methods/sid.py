@@ -1,5 +1,6 @@
 """SiD: score identity distillation (Zhou et al., ICML 2024, arXiv:2404.04057), for any schedule and prediction type;
-with the long and short guidance of SiD-LSG (Zhou et al., ICLR 2025, arXiv:2406.01561)."""
+with the long and short guidance of SiD-LSG (Zhou et al., ICLR 2025, arXiv:2406.01561) and the GAN branch of SiDA
+(Zhou et al., ICLR 2025, arXiv:2410.14919)."""
 
 import math
 from collections.abc import Sequence
@@ -19,6 +20,17 @@ from .gan import gan_losses
 from .score import SD_RATIO, ScoreDistiller
 
 logger = logging.get_logger(__name__)
+
+SID_LSG = Paper(
+    title="Guided Score identity Distillation for Data-Free One-Step Text-to-Image Generation",
+    arxiv_id="2406.01561",
+    citation="Zhou, Wang, Zheng, Huang, ICLR 2025",
+)
+SIDA = Paper(
+    title="Adversarial Score identity Distillation: Rapidly Surpassing the Teacher in One Step",
+    arxiv_id="2410.14919",
+    citation="Zhou, Zheng, Gu, Wang, Huang, ICLR 2025",
+)
 
 
 def sid_loss(
@@ -50,7 +62,8 @@ def sid_loss(
 
 
 class SiD(ScoreDistiller):
-    """One-step student without data: the score identity loss, whose gradient flows through teacher and fake score.
+    """One-step student without data (but for its GAN branch): the score identity loss, whose gradient flows through
+    teacher and fake score.
 
     Args:
         teacher (`Teacher`, `Denoiser` or `GuidedDenoiser`): what to distil.
@@ -73,8 +86,7 @@ class SiD(ScoreDistiller):
             fake score learns from, for networks that take augmentation labels (0.12 and 0.15 in the paper's runs); the
             student's step and sampling have none.
         gan_weight (`float`, *optional*, defaults to 0.0): of the student's GAN loss beside SiD's, inside `loss_scale`:
-            adversarial SiD on real images `"x0"` of the batches (SiDA, Zhou et al. 2024, arXiv:2410.14919), with
-            DMD2's head, and from the first update on.
+            adversarial SiD on real images `"x0"` of the batches (SiDA), with DMD2's head, from the first update on.
         gan_critic_weight (`float`, *optional*, defaults to 1.0): of the critic's, beside a sum over pixels.
         network_dropout (`float`, *optional*): dropout of the student and the fake score; by default the teacher's.
         student, student_timesteps, fake_score_updates, sample_shape, lora: see `ScoreDistiller`.
@@ -150,6 +162,10 @@ class SiD(ScoreDistiller):
                     "has no augmentation labels."
                 )
             self._guide(kappas)
+        if gan_weight:
+            self.paper = SIDA
+        elif kappas is not None:
+            self.paper = SID_LSG
 
     def _guide(self, kappas: float | Sequence[float]) -> None:
         four = [float(kappas)] * 4 if isinstance(kappas, (int, float)) else [float(k) for k in kappas]
