@@ -494,21 +494,25 @@ class Trainer:
         ) | {"guidance_scale": getattr(self.distiller.teacher, "guidance_scale", 1.0)}
 
     def resume(self, path: Path) -> None:
-        """Load a checkpoint."""
+        """Load a checkpoint: its weights and moments, with this run's rates and betas."""
         if any((path / f"{name}.safetensors").is_file() for name in self.optimizers) != (self.sharding is not None):
             other = "without" if self.sharding else "with"
             raise ValueError(
                 f"`resume_from_checkpoint` must be launched as its run was, but {str(path)!r} is of one {other} FSDP."
             )
+        settings = {name: [dict(group) for group in self.optimizers[name].param_groups] for name in self.optimizers}
         self.accelerator.load_state(str(path))
         self.distiller.load_state(path, self.accelerator.process_index, self.accelerator.num_processes)
         state = json.loads((path / "trainer_state.json").read_text())
         for name in _STATE:
             setattr(self, name, state[name])
-        for name, scheduler in self.lr_schedulers.items():
-            scheduler.load_state_dict(state["lr_schedulers"][name])
         if self.sharding:
             self._resume_sharded(path)
+        for name, scheduler in self.lr_schedulers.items():
+            scheduler.load_state_dict(state["lr_schedulers"][name] | {"base_lrs": scheduler.base_lrs})
+            for group, own in zip(self.optimizers[name].param_groups, settings[name], strict=True):
+                group.update(own)
+                group["lr"] = own["initial_lr"] * scheduler.lr_lambdas[0](scheduler.last_epoch)
         if self.ema is not None:
             if not (path / "ema.safetensors").is_file():
                 raise ValueError(
@@ -521,9 +525,6 @@ class Trainer:
         """Networks and optimizers, which Accelerate leaves to us."""
         for name, network in self.distiller.trainable.items():
             load_part(network, self.optimizers[name], path / f"{name}.safetensors")
-            rates = self.lr_schedulers[name].get_last_lr()
-            for group, rate in zip(self.optimizers[name].param_groups, rates, strict=True):
-                group["lr"] = rate
 
     # what a person looks at
 

@@ -260,6 +260,29 @@ def test_a_resumed_run_of_dmd2_has_bit_identical_weights(tmp_path):
     assert any(not torch.equal(before[k], v) for k, v in load_file(whole / "ema.safetensors").items())
 
 
+def test_a_resumed_run_has_its_own_rates(tmp_path):
+    def trainer(**settings):
+        settings = {"max_train_steps": 4, "lr_warmup_steps": 0} | settings
+        return Trainer(
+            DMD(gaussian_denoiser(EDM, "edm", 0.3, 0.5), sample_shape=(1, 4, 4)), arguments(tmp_path, **settings)
+        )
+
+    first = trainer(learning_rate=1e-2, fake_score_learning_rate=1e-3)
+    for _ in range(2):
+        first.train_step([{"batch_size": 8, "cond": {}}])
+    first.save_checkpoint()
+    again = trainer(learning_rate=4e-2, lr_scheduler="cosine", adam_beta1=0.5)
+    again.resume(latest_checkpoint(tmp_path))
+    for name in ("student", "fake_score"):  # half way down the cosine
+        (group,) = again.optimizers[name].param_groups
+        assert group["lr"] == pytest.approx(2e-2) and group["betas"][0] == 0.5
+        moments = [[s["exp_avg_sq"] for s in t.optimizers[name].state.values()] for t in (again, first)]
+        assert len(moments[0]) > 0 and all(torch.equal(a, b) for a, b in zip(*moments, strict=True))
+    again.train_step([{"batch_size": 8, "cond": {}}])
+    again.train_step([{"batch_size": 8, "cond": {}}])
+    assert again.optimizers["student"].param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
+
+
 def test_interrupted_checkpoint_is_absent(tmp_path, monkeypatch):
     monkeypatch.setattr("diffusers_onestep.trainer.write_json", _write_args_then_break)
     with pytest.raises(OSError, match="disk full"):
