@@ -104,7 +104,8 @@ class TrainArguments(HubArguments):
     checkpointing_steps: int = field(default=500, metadata={"help": "Write a checkpoint every so many steps."})
     checkpoints_total_limit: int | None = field(default=2, metadata={"help": "Keep so many checkpoints, the newest."})
     resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "Go on from a checkpoint: 'latest' of output_dir, or a folder."}
+        default=None,
+        metadata={"help": "Go on, at this command's rates, from a checkpoint: 'latest' of output_dir, or a folder."},
     )
     validation_steps: int = field(
         default=0, metadata={"help": "Write samples.png and health.png every so many steps; 0: at the end."}

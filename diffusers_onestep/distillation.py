@@ -73,8 +73,9 @@ class TeacherArguments(TrainArguments):
         default=None, metadata={"help": "Text-to-image: height and width in pixels. Default: the teacher's."}
     )
     embedded_guidance: float = field(default=3.5, metadata={"help": "What FLUX.1-dev's guidance embedding is fed."})
-    cache_dir: str = field(
-        default=DEFAULT_CACHE, metadata={"help": "Folder that keeps text embeddings and latents for later runs."}
+    cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder that keeps text embeddings and latents for later runs; default: Hugging Face's."},
     )
     encoding_batch_size: int = field(default=16, metadata={"help": "Prompts or images encoded at a time."})
 
@@ -121,7 +122,11 @@ class TeacherArguments(TrainArguments):
             needed = "`dataset_name`" if images else "One of `prompts` and `dataset_name` (or `prompt`, or `pairs`)"
             raise ValueError(f"{needed} must be given for this text-to-image teacher, but given are {given}.")
         accelerator = Accelerator(mixed_precision=self.mixed_precision)
-        how = {"cache_dir": self.cache_dir, "batch_size": self.encoding_batch_size, "device": accelerator.device}
+        how = {
+            "cache_dir": self.cache_dir or DEFAULT_CACHE,
+            "batch_size": self.encoding_batch_size,
+            "device": accelerator.device,
+        }
         samples: Samples
         if paired is not None:
             samples = PromptPairs(teacher, paired.rows, **how)
@@ -195,7 +200,7 @@ class DistillationArguments(StudentArguments):
     )
     fake_score_updates: int = field(default=1, metadata={"help": "Fake-score updates per student update."})
     gan_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the student's GAN loss; DMD2: 1e-3 to 5e-3; 0: off."}
+        default=0.0, metadata={"help": "Weight of the student's GAN loss; DMD2: 1e-3 to 5e-3, SiD: about 10; 0: off."}
     )
     dataset: str | None = field(default=None, metadata={"help": "Real images for the GAN branch of a pixel teacher."})
     lora_rank: int | None = field(
@@ -223,21 +228,25 @@ class DistillationArguments(StudentArguments):
     def check_images(self) -> None:
         """Raise a `ValueError` unless real images are named just where there is a GAN branch."""
         if self.gan_weight and self.dataset is None and self.dataset_name is None:
-            raise ValueError(f"`dataset` must be given with a `gan_weight` of {self.gan_weight}, but is None.")
+            raise ValueError(
+                "`dataset` (for a text-to-image teacher `dataset_name`) must be given with a `gan_weight` of "
+                f"{self.gan_weight}, but is None."
+            )
         if not self.gan_weight and self.dataset is not None:
             raise ValueError(f"`dataset` must be None without a `gan_weight`, but is {self.dataset!r}.")
 
-    def load_samples(self, teacher: Teacher, *, pairs: str | None = None) -> Samples:
+    def load_samples(self, teacher: Teacher, *, images: bool = False, pairs: str | None = None) -> Samples:
         """As of every method, with the real images of a GAN branch."""
+        images = images or bool(self.gan_weight)
         if teacher.takes_prompts and self.dataset is not None:
             raise ValueError(
                 "`dataset` must be None for a text-to-image teacher, whose images are those of `dataset_name`, but is "
                 f"{self.dataset!r}."
             )
-        if self.gan_weight and not teacher.takes_prompts:
+        if images and not teacher.takes_prompts:
             self.refuse_prompts()
             return real_images(self.dataset, teacher)
-        return super().load_samples(teacher, images=bool(self.gan_weight), pairs=pairs)
+        return super().load_samples(teacher, images=images, pairs=pairs)
 
     def lora_config(self) -> LoraConfig | None:
         """What the `lora_` flags say."""

@@ -201,8 +201,7 @@ def plan_step(network_config: dict, scheduler: Any, args: PlanArguments, vae_sca
         teacher.to(DTYPES[args.teacher_dtype])
     without_data(networks_of(distiller))
     if args.gan_weight:  # its size is found by a call
-        distiller.gan_weight = args.gan_weight
-        distiller.add_head()
+        distiller.add_head(args.gan_weight)
         without_data([distiller.head.to("meta")])
     for denoiser in (distiller.teacher, distiller.student, distiller.fake_score):
         configure_networks(denoiser, DTYPES.get(args.mixed_precision), args.gradient_checkpointing)

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .arguments import DTYPES
 from .denoiser import Denoiser
+from .methods.gan import GANHead
 
 
 class Sharding:
@@ -77,7 +78,7 @@ class Sharding:
         trained = any(p.requires_grad for p in network.parameters())
         # inputs are cast by autocast, layer by layer: a cast here would round timesteps
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-        if trained and self.dtype is not None:
+        if trained and self.dtype is not None and not isinstance(network, GANHead):  # which computes in float32
             policy = MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False)
         names = set(self.blocks or getattr(network, "_no_split_modules", None) or ())
         blocks = [module for module in network.modules() if type(module).__name__ in names]

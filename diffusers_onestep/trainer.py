@@ -494,13 +494,13 @@ class Trainer:
         ) | {"guidance_scale": getattr(self.distiller.teacher, "guidance_scale", 1.0)}
 
     def resume(self, path: Path) -> None:
-        """Load a checkpoint: its weights and moments, with this run's rates and betas."""
+        """Load a checkpoint: its weights and moments, to go on by this run's rates, betas, epsilon and decay."""
         if any((path / f"{name}.safetensors").is_file() for name in self.optimizers) != (self.sharding is not None):
             other = "without" if self.sharding else "with"
             raise ValueError(
                 f"`resume_from_checkpoint` must be launched as its run was, but {str(path)!r} is of one {other} FSDP."
             )
-        settings = {name: [dict(group) for group in self.optimizers[name].param_groups] for name in self.optimizers}
+        given = {name: [dict(group) for group in self.optimizers[name].param_groups] for name in self.optimizers}
         self.accelerator.load_state(str(path))
         self.distiller.load_state(path, self.accelerator.process_index, self.accelerator.num_processes)
         state = json.loads((path / "trainer_state.json").read_text())
@@ -510,8 +510,8 @@ class Trainer:
             self._resume_sharded(path)
         for name, scheduler in self.lr_schedulers.items():
             scheduler.load_state_dict(state["lr_schedulers"][name] | {"base_lrs": scheduler.base_lrs})
-            for group, own in zip(self.optimizers[name].param_groups, settings[name], strict=True):
-                group.update(own)
+            for group, own in zip(self.optimizers[name].param_groups, given[name], strict=True):
+                group.update({key: own[key] for key in ("initial_lr", "betas", "eps", "weight_decay")})
                 group["lr"] = own["initial_lr"] * scheduler.lr_lambdas[0](scheduler.last_epoch)
         if self.ema is not None:
             if not (path / "ema.safetensors").is_file():

@@ -49,7 +49,7 @@ def test_sid_has_the_gan_branch_too(teacher_folder, tmp_path):
     grey = images(tmp_path / "a.npz", (6, 16, 16))
     train(teacher_folder, tmp_path / "out", "train_sid", gan_weight=0.1, dataset=grey)
     assert OneStepPipeline.from_pretrained(tmp_path / "out")(class_labels=[1]).images[0].size == (16, 16)
-    with pytest.raises(ValueError, match=r"`dataset` must be given with a `gan_weight` of 0\.1, but is None"):
+    with pytest.raises(ValueError, match=r"`dataset` .* must be given with a `gan_weight` of 0\.1, but is None"):
         train(teacher_folder, tmp_path / "none", "train_sid", gan_weight=0.1)
 
 
@@ -74,7 +74,7 @@ def test_gan_of_a_labelled_teacher_needs_its_images(teacher_folder, tmp_path):
         ({"dataset": "x.npz"}, "`dataset` must be None without a `gan_weight`, but is 'x.npz'"),
         ({"pairs": "x"}, "`pairs` must be None without a `regression_weight`, but is 'x'"),
         ({"pairs": "x", "preset": "dmd2-imagenet64-no-gan"}, "`pairs` must be None without a `regression_weight`"),
-        ({"preset": "dmd2-imagenet64"}, "`dataset` must be given with a `gan_weight` of 0.003"),
+        ({"preset": "dmd2-imagenet64"}, "must be given with a `gan_weight` of 0.003"),
         ({"preset": "imagenet64-cond"}, "`pairs` must be given with a `regression_weight` of 0.25"),
     ],
 )

@@ -141,6 +141,7 @@ def test_dropout_of_a_network_that_has_none_is_refused():
 def test_networks_without_augmentation_labels_have_none(unet):
     teacher = Denoiser(unet, EDMSchedule(), "edm")
     assert SiD(teacher, augment_probability=0.12).augment_probability == 0
+    assert SiD(teacher, augment_probability=0.12, gan_weight=1.0).augment_probability == 0
     with pytest.raises(ValueError, match="`augment_probability` must lie between 0 and 1"):
         SiD(teacher, augment_probability=2.0)
 

@@ -41,7 +41,7 @@ def test_stable_diffusions_levels(teacher):
 
 def test_a_run_names_the_paper_of_what_it_does(teacher):
     runs = {
-        "2404.04057": [SiD(teacher)],
+        "2404.04057": [SiD(teacher), SiD(teacher, kappas=(1, 1, 1, 2))],
         "2406.01561": [SiD(teacher, kappas=1.5)],
         "2410.14919": [SiD(teacher, gan_weight=1.0), SiD(teacher, kappas=1.5, gan_weight=1.0)],
         "2311.18828": [DMD(teacher), DMD(teacher, regression_weight=0.25, regression_loss="l2")],
@@ -49,7 +49,10 @@ def test_a_run_names_the_paper_of_what_it_does(teacher):
             DMD(teacher, gan_weight=1e-3),
             DMD(teacher, fake_score_updates=5),
             DMD(teacher, student_timesteps=[999, 499]),
+            DMD(teacher, matching_weight=0.0, regression_weight=1.0, regression_loss="l2"),
         ],
+        "2505.12674": [SiD(teacher, student_timesteps=[999, 499])],
+        "2509.25127": [SiD(Teacher(tiny_pipeline("sd3")), kappas=1.5)],
     }
     for arxiv_id, distillers in runs.items():
         assert {distiller.paper.arxiv_id for distiller in distillers} == {arxiv_id}
@@ -156,3 +159,8 @@ def test_kappas_need_a_null_condition(kappas):
     with pytest.raises(ValueError, match=r"`kappas` must be 1.0 for a teacher without a null condition"):
         SiD(unconditional, kappas=kappas)
     assert SiD(unconditional, kappas=1.0).fake_guidance == (1.0, 1.0)
+
+
+def test_the_critic_judges_with_the_condition(teacher):
+    with pytest.raises(ValueError, match=r"`kappas` of the fake score must not be 0 .* but are \(0, 1, 1, 1\.5\)"):
+        SiD(teacher, kappas=(0, 1, 1, 1.5), gan_weight=1.0)

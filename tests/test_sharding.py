@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import run_on_two_ranks
 from families import tiny_pipeline
 from safetensors.torch import load_file
@@ -47,7 +48,7 @@ def run(method, folder, **other):
     teacher = Teacher(tiny_pipeline("sd"), resolution=16)
     torch.manual_seed(0)
     if method == "sid":
-        distiller, more = SiD(teacher, kappas=1.5, sequential=True), {"ema_halflife_kimg": 0.01}
+        distiller, more = SiD(teacher, kappas=1.5, sequential=True, gan_weight=0.1), {"ema_halflife_kimg": 0.01}
     else:
         distiller = DMD(teacher.guided(2.0), gan_weight=1e-3, fake_score_updates=2, sample_shape=teacher.sample_shape)
         distiller.origin = teacher
@@ -76,6 +77,8 @@ def on_two_ranks(root):
         shutil.copytree(root / "sid" / "checkpoints" / "step-000001", again / "checkpoints" / "step-000001")
     torch.distributed.barrier()
     run("sid", again, resume_from_checkpoint="latest")
+    AcceleratorState._reset_state()  # of another precision
+    run("dmd", root / "dmd-bf16", mixed_precision="bf16")
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +120,7 @@ def test_checkpoints_hold_whole_tensors_and_no_code(ranks):
 
 
 def test_a_sharded_run_leaves_an_ordinary_repository(ranks):
-    for method in ("sid", "dmd"):
+    for method in ("sid", "dmd", "dmd-bf16"):
         assert (ranks / method / "README.md").is_file()
         pipeline = OneStepPipeline.from_pretrained(ranks / method)
         assert pipeline("a cat", output_type="np", height=16, width=16).images.shape == (1, 16, 16, 3)

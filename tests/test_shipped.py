@@ -38,17 +38,19 @@ def test_teacher_runs_in_the_stock_pipeline():
     assert images.shape == (2, 32, 32, 1) and images.mean() > 0.05
 
 
-def test_the_small_stable_diffusion_draws_what_is_asked_for():
-    folder = shipped_model("emoji-sd")
+@pytest.mark.parametrize(
+    "name, settings", [("emoji-sd", {"num_inference_steps": 20, "guidance_scale": 4.0}), ("emoji-sd-onestep", {})]
+)
+def test_the_small_stable_diffusion_and_its_student_draw_what_is_asked_for(name, settings):
+    folder = shipped_model(name)
     assert (
         sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 20e6
         and (folder / "NOTICE").is_file()
     )
-    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipeline = (OneStepPipeline if not settings else DiffusionPipeline).from_pretrained(folder, dtype=torch.float32)
     images = pipeline(
         ["red heart", "green heart", "blue heart"],
-        num_inference_steps=20,
-        guidance_scale=4.0,
+        **settings,
         generator=torch.Generator().manual_seed(0),
         output_type="np",
     ).images

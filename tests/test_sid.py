@@ -257,11 +257,6 @@ def test_the_gan_branch_adds_its_weighted_losses(sequential):
         gan.fake_score_loss(x0.detach(), BATCH)
 
 
-def test_the_gan_branch_has_no_augmentation():
-    with pytest.raises(ValueError, match=r"`augment_probability` must be 0 together with `gan_weight`, but is 0\.12"):
-        small_sid(gan_weight=0.1, augment_probability=0.12)
-
-
 def test_11_levels_of_the_edm_runs():
     distiller = SiD(gaussian_denoiser(EDM, "edm"), sample_shape=(1, 1, 1))
     generator = torch.Generator().manual_seed(0)

@@ -2,7 +2,7 @@
 
     accelerate launch training/train_sid.py --pretrained_teacher_model fashion32 --output_dir fashion32-sid
 
-With real images, `--gan_weight 0.1 --dataset ...` (text-to-image: `--dataset_name`) adds a GAN branch, as SiDA does.
+With real images, `--gan_weight 10 --dataset ...` (text-to-image: `--dataset_name`) adds a GAN branch, as SiDA does.
 """
 
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ class SiDArguments(DistillationArguments):
         metadata={"help": "Probability of each change of the fake score's images; paper: 0.12, 0.15; 0: off."},
     )
     gan_critic_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the critic's GAN loss, with a gan_weight."}
+        default=1.0, metadata={"help": "Weight of the critic's GAN loss, beside a sum over pixels."}
     )
     network_dropout: float | None = field(
         default=None, metadata={"help": "Dropout of student and fake score; default: the teacher's."}

@@ -9,7 +9,7 @@ from peft import LoraConfig
 
 from ..denoiser import Denoiser
 from ..schedules import VPSchedule
-from .base import Paper
+from .base import Paper, normal
 from .distances import image_distance
 from .gan import gan_losses
 from .score import SD_RATIO, ScoreDistiller
@@ -103,7 +103,7 @@ class DMD(ScoreDistiller):
             sample_shape=sample_shape,
             lora=lora,
         )
-        if gan_weight or fake_score_updates > 1 or len(self.student_timesteps) > 1:
+        if gan_weight or fake_score_updates > 1 or len(self.student_timesteps) > 1 or not matching_weight:
             self.paper = DMD2
         if level_ratios is not None and not (len(level_ratios) == 2 and 0 < level_ratios[0] < level_ratios[1]):
             raise ValueError(f"`level_ratios` must be two rising positive numbers, but are {level_ratios}.")
@@ -133,6 +133,14 @@ class DMD(ScoreDistiller):
         if self.gan_weight:
             loss = loss + self.gan_weight * gan_losses(None, self.logits(x0, batch, generator))[1]
         return loss
+
+    def critic_logits(self, x0, noise, t, batch, generator):
+        return self.logits(batch["x0"], batch, generator), self.logits(x0, batch, generator)
+
+    def logits(self, x0, batch, generator=None) -> torch.Tensor:
+        """The head's verdict `(B, 1)` on `x0`, noised afresh at any timestep (diffusion GAN)."""
+        t = self.fake_score_level(x0.shape[0], generator, x0.device)
+        return self.logits_at(x0, normal(x0.shape, generator, x0.device), t, batch.get("cond"))
 
     def regression_loss(self, batch) -> torch.Tensor:
         """Distance between the student's image of a pair's noise and the teacher's."""

@@ -97,13 +97,14 @@ class ScoreDistiller(OneStepDistiller):
         _, sigma = schedule.alpha_sigma(torch.tensor(self.student_timesteps[:1], dtype=torch.float64))
         unit = not self.signal_free and not isinstance(schedule, EDMSchedule)
         self.init_noise_sigma = 1.0 if unit else sigma.item()
-        self.gan_weight, self.gan_critic_weight = gan_weight, gan_critic_weight
+        self.gan_weight, self.gan_critic_weight = 0.0, gan_critic_weight
         self.head: GANHead | None = None
         if gan_weight:
-            self.add_head()
+            self.add_head(gan_weight)
 
-    def add_head(self) -> None:
+    def add_head(self, gan_weight: float) -> None:
         """Make the GAN's head, as wide as the features in the middle of the fake score."""
+        self.gan_weight = gan_weight
         self._bottleneck = Bottleneck(self.fake_score.network, self.sample_shape[1] / self.sample_shape[2])
         self.head = GANHead(*self._bottleneck_shape())
 
@@ -206,18 +207,9 @@ class ScoreDistiller(OneStepDistiller):
             loss = loss + self.gan_critic_weight * gan_losses(*logits)[0]
         return loss
 
-    def critic_logits(
-        self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, batch: Batch, generator: Generators = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The verdicts that the critic learns from, on the batch's real images and on the student's samples `x0`, each
-        noised afresh as in DMD2; SiDA takes the `noise` and `t` that the fake score has just learned at."""
-        return self.logits(batch["x0"], batch, generator), self.logits(x0, batch, generator)
-
-    def logits(self, x0: torch.Tensor, batch: Batch, generator: Generators = None) -> torch.Tensor:
-        """The head's verdict `(B, 1)` on `x0`, noised afresh at any timestep (diffusion GAN)."""
-        t = self.fake_score_level(x0.shape[0], generator, x0.device)
-        x_t = self.fake_score.add_noise(x0, normal(x0.shape, generator, x0.device), t)
-        self.fake_score(x_t, t, batch.get("cond"))
+    def logits_at(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, cond: Cond | None) -> torch.Tensor:
+        """The head's verdict `(B, 1)` on `x0`, noised to `t`."""
+        self.fake_score(self.fake_score.add_noise(x0, noise, t), t, cond)
         return self.last_logits(x0.shape[0])
 
     def last_logits(self, batch_size: int) -> torch.Tensor:
@@ -259,6 +251,13 @@ class ScoreDistiller(OneStepDistiller):
     @abstractmethod
     def student_loss(self, x0: torch.Tensor, batch: Batch, generator: Generators = None) -> torch.Tensor:
         """The student's loss for its samples `x0`."""
+
+    @abstractmethod
+    def critic_logits(
+        self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, batch: Batch, generator: Generators
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The head's verdicts on the batch's real images and on the student's `x0`, from which it learns; the fake
+        score has just seen `x0` at `noise` and `t`."""
 
     @abstractmethod
     def student_level(self, batch_size: int, generator: Generators, device: torch.device) -> torch.Tensor:
