@@ -257,6 +257,15 @@ def test_the_gan_branch_adds_its_weighted_losses(sequential):
         gan.fake_score_loss(x0.detach(), BATCH)
 
 
+def test_logits_that_are_not_finite_or_beyond_ten_do_not_move_the_student(monkeypatch):
+    distiller, logits = small_sid(gan_weight=2.0), torch.tensor([[0.5], [11.0], [math.nan], [-math.inf]])
+    logits.requires_grad_(True)
+    monkeypatch.setattr(distiller, "last_logits", lambda batch_size: logits)
+    distiller.gan_loss(4).backward()
+    expected = [-2.0 / 4 * torch.sigmoid(torch.tensor(-0.5)).item(), 0.0, 0.0, 0.0]
+    assert logits.grad.flatten().tolist() == pytest.approx(expected)
+
+
 def test_11_levels_of_the_edm_runs():
     distiller = SiD(gaussian_denoiser(EDM, "edm"), sample_shape=(1, 1, 1))
     generator = torch.Generator().manual_seed(0)
