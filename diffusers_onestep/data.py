@@ -136,6 +136,29 @@ def load_images(dataset: str, split: str = "train") -> LabelledImages:
     return LabelledImages(_channels_first(images), labels, names, None if caption is None else list(rows[caption]))
 
 
+def real_images(dataset: str, sample_shape: tuple[int, int, int], num_labels: int | None) -> LabelledImages:
+    """The images of `load_images` as a pixel teacher takes them: of its shape, and with labels if it has any.
+
+    Raises:
+        ValueError: if they are of another shape, or lack its labels.
+    """
+    images = load_images(dataset)
+    if (found := tuple(images.images.shape[1:])) != tuple(sample_shape):
+        raise ValueError(
+            f"`dataset` must hold images of the teacher's shape {tuple(sample_shape)} (channels, height, "
+            f"width), but those of {dataset!r} have {found}."
+        )
+    if num_labels is None:
+        return LabelledImages(images.images, None)
+    low, high = (-1, -1) if images.labels is None else (value.item() for value in images.labels.aminmax())
+    if low < 0 or high >= num_labels:
+        found = "none" if images.labels is None else f"{low} to {high}"
+        raise ValueError(
+            f"`dataset` must have the teacher's labels 0..{num_labels - 1}, but those of {dataset!r} are {found}."
+        )
+    return images
+
+
 def _channels_first(images: np.ndarray) -> torch.Tensor:
     images = torch.from_numpy(images)
     return images[:, None].contiguous() if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from torch import nn
 
 from .arguments import TrainArguments
-from .data import Batches, Conditions, LabelledImages, Samples, load_images, load_pairs
+from .data import Batches, Conditions, Samples, load_pairs, real_images
 from .denoiser import Cond, Denoiser, GuidedDenoiser
 from .health import Images, Watch
 from .lora import is_adapted, merged, save_lora_weights
@@ -245,7 +245,7 @@ class DistillationArguments(StudentArguments):
             )
         if images and not teacher.takes_prompts:
             self.refuse_prompts()
-            return real_images(self.dataset, teacher)
+            return real_images(self.dataset, teacher.sample_shape, teacher.num_labels)
         return super().load_samples(teacher, images=images, pairs=pairs)
 
     def lora_config(self) -> LoraConfig | None:
@@ -254,29 +254,6 @@ class DistillationArguments(StudentArguments):
             return None
         alpha = self.lora_rank if self.lora_alpha is None else self.lora_alpha
         return LoraConfig(r=self.lora_rank, lora_alpha=alpha, target_modules=self.lora_target_modules)
-
-
-def real_images(dataset: str, teacher: Teacher) -> LabelledImages:
-    """The images of `load_images` as a pixel teacher takes them: of its shape, and with labels if it has any.
-
-    Raises:
-        ValueError: if they are of another shape, or lack its labels.
-    """
-    images, num_labels = load_images(dataset), teacher.num_labels
-    if (found := tuple(images.images.shape[1:])) != tuple(teacher.sample_shape):
-        raise ValueError(
-            f"`dataset` must hold images of the teacher's shape {tuple(teacher.sample_shape)} (channels, height, "
-            f"width), but those of {dataset!r} have {found}."
-        )
-    if num_labels is None:
-        return LabelledImages(images.images, None)
-    low, high = (-1, -1) if images.labels is None else (value.item() for value in images.labels.aminmax())
-    if low < 0 or high >= num_labels:
-        found = "none" if images.labels is None else f"{low} to {high}"
-        raise ValueError(
-            f"`dataset` must have the teacher's labels 0..{num_labels - 1}, but those of {dataset!r} are {found}."
-        )
-    return images
 
 
 def train_student(distiller: OneStepDistiller, batches: Batches, args: StudentArguments, teacher: Teacher) -> None:
