@@ -511,8 +511,19 @@ class Trainer:
         for name, scheduler in self.lr_schedulers.items():
             scheduler.load_state_dict(state["lr_schedulers"][name] | {"base_lrs": scheduler.base_lrs})
             for group, own in zip(self.optimizers[name].param_groups, given[name], strict=True):
+                last = group["lr"]
                 group.update({key: own[key] for key in ("initial_lr", "betas", "eps", "weight_decay")})
                 group["lr"] = own["initial_lr"] * scheduler.lr_lambdas[0](scheduler.last_epoch)
+                if group["lr"] > 2 * last:
+                    logger.warning(
+                        "The learning rate of the %s goes from %.1e to %.1e at once: Adam's moments are those of "
+                        "small steps, and runs have diverged from this. A new run, with --lr_warmup_steps and, where "
+                        "the script has it, --student_init %s, goes on from the student itself.",
+                        name,
+                        last,
+                        group["lr"],
+                        self.output_dir,
+                    )
         if self.ema is not None:
             if not (path / "ema.safetensors").is_file():
                 raise ValueError(

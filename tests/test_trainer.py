@@ -260,7 +260,7 @@ def test_a_resumed_run_of_dmd2_has_bit_identical_weights(tmp_path):
     assert any(not torch.equal(before[k], v) for k, v in load_file(whole / "ema.safetensors").items())
 
 
-def test_a_resumed_run_has_its_own_rates(tmp_path):
+def test_a_resumed_run_has_its_own_rates(tmp_path, caplog):
     def trainer(**settings):
         settings = {"max_train_steps": 4, "lr_warmup_steps": 0} | settings
         return Trainer(
@@ -273,6 +273,8 @@ def test_a_resumed_run_has_its_own_rates(tmp_path):
     first.save_checkpoint()
     again = trainer(learning_rate=4e-2, lr_scheduler="cosine", adam_beta1=0.5)
     again.resume(latest_checkpoint(tmp_path))
+    (jump,) = [r.getMessage() for r in caplog.records if "at once" in r.getMessage()]
+    assert "rate of the fake_score goes from 1.0e-03 to 2.0e-02" in jump and str(tmp_path) in jump
     for name in ("student", "fake_score"):  # half way down the cosine
         (group,) = again.optimizers[name].param_groups
         assert group["lr"] == pytest.approx(2e-2) and group["betas"][0] == 0.5
