@@ -90,8 +90,9 @@ def quickstart(
 
     from . import OneStepPipeline, SiD, Teacher, create_model_card, evaluate
     from .data import Batches, Conditions
-    from .distillation import DistillationArguments, train_student
+    from .distillation import DistillationArguments
     from .files import read_json
+    from .hooks import train_student
     from .presets import FASHION32_QUICKSTART
     from .records import command_line
     from .reports import markdown_table, write_metrics

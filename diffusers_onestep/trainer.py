@@ -94,7 +94,7 @@ def train(
         dry_run(distiller, batches, args)
         return
     if save is None and validate is None:
-        from .distillation import default_hooks
+        from .hooks import default_hooks
 
         save, validate = default_hooks(distiller, args)
     Trainer(distiller, args, save, validate).run(batches)

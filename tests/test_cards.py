@@ -18,7 +18,8 @@ from test_dkdm import DIT
 from diffusers_onestep import DMD, GuidedDenoiser, OneStepPipeline, Teacher, create_model_card, train
 from diffusers_onestep.arguments import TrainArguments, parse_args
 from diffusers_onestep.data import Batches, Conditions
-from diffusers_onestep.distillation import DistillationArguments, student_hooks
+from diffusers_onestep.distillation import DistillationArguments
+from diffusers_onestep.hooks import student_hooks
 from diffusers_onestep.hub import TEMPLATE
 from diffusers_onestep.records import command_line, without_secret_settings, without_secret_words, without_secrets
 from diffusers_onestep.repository import shipped_names

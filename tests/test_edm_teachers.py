@@ -25,7 +25,7 @@ from diffusers_onestep import (
 from diffusers_onestep.arguments import TrainArguments
 from diffusers_onestep.augmentation import augment
 from diffusers_onestep.data import Batches, Conditions
-from diffusers_onestep.distillation import default_hooks
+from diffusers_onestep.hooks import default_hooks
 from diffusers_onestep.models import SpaceToDepthUNet2DModel, network_from_config, set_dropout, shrunk
 from diffusers_onestep.schedulers import solver_for
 from diffusers_onestep.schedules import karras_sigma

@@ -11,8 +11,8 @@ from test_trainer import Scripted, arguments, batches_of
 from diffusers_onestep import OneStepPipeline, SiD, Teacher, train
 from diffusers_onestep.arguments import TrainArguments
 from diffusers_onestep.data import Batches, Conditions
-from diffusers_onestep.distillation import validation
 from diffusers_onestep.health import PATIENCE, WINDOW, Health, Watch, draw_health, read_log, warnings
+from diffusers_onestep.hooks import validation
 from diffusers_onestep.run_folder import latest_checkpoint
 from diffusers_onestep.sampler import spread
 

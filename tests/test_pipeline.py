@@ -18,7 +18,7 @@ from peft import LoraConfig
 
 from diffusers_onestep import DMD, PID, EDMUNet2DModel, OneStepPipeline, OneStepScheduler, SiD, SpaceToDepthUNet2DModel
 from diffusers_onestep.arguments import TrainArguments
-from diffusers_onestep.distillation import student_hooks
+from diffusers_onestep.hooks import student_hooks
 from diffusers_onestep.repository import write_repository
 from diffusers_onestep.schedulers import student_scheduler
 from diffusers_onestep.teacher import Teacher

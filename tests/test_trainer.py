@@ -17,7 +17,7 @@ from diffusers_onestep import DMD, Denoiser, EDMSchedule, OneStepPipeline, SiD, 
 from diffusers_onestep.arguments import TrainArguments
 from diffusers_onestep.cli import main
 from diffusers_onestep.data import Batches, Conditions, LabelledImages
-from diffusers_onestep.distillation import student_hooks
+from diffusers_onestep.hooks import student_hooks
 from diffusers_onestep.methods.base import Distiller, Paper
 from diffusers_onestep.pictures import picture
 from diffusers_onestep.run_folder import checkpoints, latest_checkpoint

@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from diffusers_onestep import DKDM, Denoiser, Teacher, train
 from diffusers_onestep.arguments import DTYPES, run_script
 from diffusers_onestep.data import Batches, Conditions, Samples
-from diffusers_onestep.distillation import TeacherArguments, compression_hooks
+from diffusers_onestep.distillation import TeacherArguments
+from diffusers_onestep.hooks import compression_hooks
 from diffusers_onestep.models import network_from_config, shrunk
 from diffusers_onestep.presets import DKDM_PRESETS
 from diffusers_onestep.prompts import PromptEmbeddings, digest

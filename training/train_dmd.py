@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from diffusers_onestep import DMD
 from diffusers_onestep.arguments import run_script
 from diffusers_onestep.data import Batches
-from diffusers_onestep.distillation import DistanceArguments, DistillationArguments, train_student
+from diffusers_onestep.distillation import DistanceArguments, DistillationArguments
+from diffusers_onestep.hooks import train_student
 from diffusers_onestep.presets import DMD_PRESETS
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from diffusers_onestep import PID
 from diffusers_onestep.arguments import run_script
 from diffusers_onestep.data import Batches
-from diffusers_onestep.distillation import DistanceArguments, train_student
+from diffusers_onestep.distillation import DistanceArguments
+from diffusers_onestep.hooks import train_student
 from diffusers_onestep.presets import PID_PRESETS
 
 

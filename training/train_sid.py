@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from diffusers_onestep import SiD
 from diffusers_onestep.arguments import run_script
 from diffusers_onestep.data import Batches
-from diffusers_onestep.distillation import DistillationArguments, train_student
+from diffusers_onestep.distillation import DistillationArguments
+from diffusers_onestep.hooks import train_student
 from diffusers_onestep.presets import SID_PRESETS
 
 
