@@ -57,6 +57,7 @@ from .trackers import finish_trackers, log_picture, start_trackers
 logger = get_logger(__name__)
 
 DIVERGED = 1000  # beyond the number of any signal
+ECHO_SECONDS = 2.0
 
 _STATE = ("step", "images_seen", "train_seconds", "best_distance")  # what trainer_state.json holds, with the schedules
 
@@ -371,12 +372,16 @@ class Trainer:
 
     @contextmanager
     def signals(self):
-        """Note SIGTERM and Ctrl-C; the loop leaves after the update at hand. A second Ctrl-C interrupts at once."""
+        """Note SIGTERM and Ctrl-C; the loop leaves after the update at hand. A second one interrupts at once, but for
+        the echo of a launcher, which passes on what the whole process group has received already."""
+        noted = math.inf
 
         def note(number, frame):
-            if self._stop_signal is not None:
+            nonlocal noted
+            if self._stop_signal is None:
+                self._stop_signal, noted = number, time.monotonic()
+            elif time.monotonic() > noted + ECHO_SECONDS:
                 raise KeyboardInterrupt
-            self._stop_signal = number
 
         previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

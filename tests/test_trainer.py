@@ -104,6 +104,18 @@ def test_sigterm_writes_a_checkpoint_and_says_how_to_go_on(teacher_folder, tmp_p
     OneStepPipeline.from_pretrained(tmp_path)
 
 
+def test_a_second_signal_interrupts_but_not_the_echo_of_a_launcher(tmp_path, monkeypatch):
+    """A cluster signals the launcher and the ranks, and the launcher passes it on to the ranks once more."""
+    trainer = Trainer(Scripted(), arguments(tmp_path))
+    with trainer.signals():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert trainer.stopping() == signal.SIGTERM
+        monkeypatch.setattr("diffusers_onestep.trainer.ECHO_SECONDS", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
 def test_two_real_ranks_agree_with_one_process(teacher_folder, tmp_path):
     """Same global batch of 4 as one process x 2 micro-batches x 2, and two ranks x 2."""
     one, two = tmp_path / "one", tmp_path / "two"
