@@ -4,13 +4,14 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from accelerate import tracking
-from accelerate.utils import LoggerType
+from accelerate import Accelerator, tracking
+from accelerate.utils import InitProcessGroupKwargs, LoggerType
 from transformers import HfArgumentParser
 
 from .errors import input_errors
@@ -163,6 +164,11 @@ class TrainArguments(HubArguments):
                 f"`report_to` must name installed trackers, but is {self.report_to!r}: "
                 f"pip install {' '.join(sorted(missing))}"
             )
+
+    def accelerator(self, **settings: Any) -> Accelerator:
+        """The run's, whose ranks wait for hours where one of them samples or prepares alone."""
+        patient = InitProcessGroupKwargs(timeout=timedelta(hours=12))
+        return Accelerator(mixed_precision=self.mixed_precision, kwargs_handlers=[patient], **settings)
 
     @property
     def trackers(self) -> list[str]:

@@ -118,7 +118,7 @@ def quickstart(
     )
     print(f"Distilling fashion32 into one step with SiD: {max_train_steps} updates of {args.train_batch_size} images.")
     distiller = SiD(teacher, **method)
-    train_student(distiller, Batches(Conditions(teacher.encode()), args.train_batch_size, args.seed), args, teacher)
+    train_student(distiller, Batches(Conditions(teacher.encode()), args.train_batch_size, args.seed), args)
     fresh = OneStepPipeline.from_pretrained(output_dir)
     shipped = OneStepPipeline.from_pretrained("fashion32-onestep")
     rows = [

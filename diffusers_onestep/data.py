@@ -1,7 +1,7 @@
 """Batches for training: any map-style data set, in an order that resumes and splits over ranks exactly."""
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,9 @@ from .files import read_json, write_json
 logger = logging.get_logger(__name__)
 
 PAIRS_RECORD = "pairs.json"  # how a folder of pairs was made
+
+
+CAPTION_COLUMNS = ("text", "caption", "prompt")  # the usual names, in this order
 
 
 class Samples(Protocol):
@@ -77,6 +80,38 @@ class Conditions:
         return {"cond": {k: v[places] for k, v in self.cond.items()}}
 
 
+def load_rows(dataset_name: str, split: str = "train") -> Any:
+    """A `datasets` data set: a Hub id, a folder of `save_to_disk`, or a folder that `load_dataset` reads."""
+    from datasets import load_dataset, load_from_disk
+
+    if (Path(dataset_name) / "dataset_info.json").is_file():
+        return load_from_disk(dataset_name)
+    return load_dataset(dataset_name, split=split)
+
+
+def column_of(rows: Any, name: str | None, argument: str, kind: str, usual: Sequence[str]) -> str:
+    """The column `name`; if None, one of the `usual` names, or the only column of `kind`, `"string"` or `"image"`.
+
+    Raises:
+        ValueError: if there is none such.
+    """
+    from datasets import Image
+
+    found = [k for k, v in rows.features.items() if isinstance(v, Image) == (kind == "image")]
+    if kind == "string":
+        found = [k for k in found if getattr(rows.features[k], "dtype", "") in ("string", "large_string", "list")]
+    named = [name] if name else [k for k in usual if k in found] or (found if len(found) == 1 else [])
+    if not named or named[0] not in rows.features:
+        raise ValueError(f"`{argument}` must be a column of {sorted(rows.features)}, but is {name!r}.")
+    return named[0]
+
+
+def captions_of(rows: Any, column: str) -> list[str]:
+    """The captions of a column; of several for one image the first, and "" for none."""
+    captions = [caption[0] if isinstance(caption, list) and caption else caption for caption in rows[column]]
+    return [caption if isinstance(caption, str) else "" for caption in captions]
+
+
 class LabelledImages:
     """Images in memory as uint8 `(N, C, H, W)` with labels `(N,)` or None, and captions or None; `"x0"` comes in
     [-1, 1]."""
@@ -102,9 +137,9 @@ def load_images(dataset: str, split: str = "train") -> LabelledImages:
     """Read images with labels or captions into memory.
 
     Args:
-        dataset (`str`): an `.npz` with `images_SPLIT` `(N, H, W[, C])` uint8, `labels_SPLIT` and `class_names`; or a
-            data set that `datasets.load_dataset` knows, with an image column, a `ClassLabel` column if it has labels,
-            and a column `caption` or `text` if it has captions.
+        dataset (`str`): an `.npz` with `images_SPLIT` `(N, H, W[, C])` uint8, `labels_SPLIT` and `class_names`; or
+            what `load_rows` reads, with an image column, a `ClassLabel` column if it has labels, and a column `text`,
+            `caption` or `prompt` if it has captions, of which there may be several for an image.
         split (`str`, *optional*, defaults to `"train"`): `"train"` or `"test"`.
 
     Raises:
@@ -119,12 +154,12 @@ def load_images(dataset: str, split: str = "train") -> LabelledImages:
         images, labels = arrays[f"images_{split}"], torch.from_numpy(arrays[f"labels_{split}"]).long()
         names = [str(name) for name in arrays["class_names"]]
         return LabelledImages(_channels_first(images), labels, names)
-    from datasets import ClassLabel, Image, load_dataset
+    from datasets import ClassLabel, Image
 
-    rows = load_dataset(dataset, split=split)
+    rows = load_rows(dataset, split)
     image = next((k for k, v in rows.features.items() if isinstance(v, Image)), None)
     label = next((k for k, v in rows.features.items() if isinstance(v, ClassLabel)), None)
-    caption = next((k for k in ("caption", "text") if k in rows.features), None)
+    caption = next((k for k in CAPTION_COLUMNS if k in rows.features), None)
     if image is None:
         raise ValueError(f"`dataset` must have an image column, but {dataset!r} has {sorted(rows.features)}.")
     pictures = [np.asarray(picture) for picture in rows[image]]
@@ -133,7 +168,8 @@ def load_images(dataset: str, split: str = "train") -> LabelledImages:
     images = np.stack(pictures)
     labels = None if label is None else torch.tensor(rows[label])
     names = None if label is None else rows.features[label].names
-    return LabelledImages(_channels_first(images), labels, names, None if caption is None else list(rows[caption]))
+    captions = None if caption is None else captions_of(rows, caption)
+    return LabelledImages(_channels_first(images), labels, names, captions)
 
 
 def real_images(dataset: str, sample_shape: tuple[int, int, int], num_labels: int | None) -> LabelledImages:

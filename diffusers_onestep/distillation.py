@@ -4,25 +4,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from peft import LoraConfig
 
 from .arguments import TrainArguments
-from .data import Conditions, Samples, load_pairs, real_images
+from .data import CAPTION_COLUMNS, Conditions, Samples, captions_of, column_of, load_pairs, load_rows, real_images
 from .denoiser import Denoiser, GuidedDenoiser
 from .methods.distances import PERCEPTUAL, Decoded
-from .prompts import (
-    DEFAULT_CACHE,
-    CaptionedLatents,
-    PromptEmbeddings,
-    PromptPairs,
-    captions_of,
-    column_of,
-    load_rows,
-    read_prompts,
-)
+from .prompts import DEFAULT_CACHE, CaptionedLatents, PromptEmbeddings, PromptPairs, read_prompts
 from .repository import keep_parts
+from .run_folder import checkpoint_to_go_on_from
 from .teacher import Teacher
 
 
@@ -94,6 +85,8 @@ class TeacherArguments(TrainArguments):
         """What batches are drawn from: conditions (every label, or what `prompts`, `prompt` or `dataset_name` say),
         with real `images` of `dataset_name`, or teacher `pairs`. Text encoders, which are not needed after that, are
         saved to the output folder and freed."""
+        if not self.dry_run:  # refuse the folder of another run before anything is written to it
+            checkpoint_to_go_on_from(Path(self.output_dir), self.resume_from_checkpoint)
         paired = None
         if pairs is not None:
             guidance = {"guidance_scale": self.guidance_scale}
@@ -107,7 +100,7 @@ class TeacherArguments(TrainArguments):
         if len(given) != 1 or (images and "dataset_name" not in given):
             needed = "`dataset_name`" if images else "One of `prompts` and `dataset_name` (or `prompt`, or `pairs`)"
             raise ValueError(f"{needed} must be given for this text-to-image teacher, but given are {given}.")
-        accelerator = Accelerator(mixed_precision=self.mixed_precision)
+        accelerator = self.accelerator()
         how = {
             "cache_dir": self.cache_dir or DEFAULT_CACHE,
             "batch_size": self.encoding_batch_size,
@@ -122,7 +115,7 @@ class TeacherArguments(TrainArguments):
             samples = PromptEmbeddings(teacher, self.prompt, **how)
         else:
             rows = load_rows(self.dataset_name, self.dataset_split)
-            captions = column_of(rows, self.caption_column, "caption_column", "string", ("text", "caption", "prompt"))
+            captions = column_of(rows, self.caption_column, "caption_column", "string", CAPTION_COLUMNS)
             if images:
                 pictures = column_of(rows, self.image_column, "image_column", "image", ("image",))
                 samples = CaptionedLatents(teacher, rows, pictures, captions, **how)
@@ -149,9 +142,19 @@ class StudentArguments(TeacherArguments):
         default=None, metadata={"help": "sigma / alpha that the student starts from; default: the method's."}
     )
 
-    def load_student(self) -> Denoiser | None:
-        """The model that `--student_init` names."""
-        return Teacher.from_pretrained(self.student_init).denoiser if self.student_init else None
+    def load_student(self, trajectory_head: str | None = None) -> Denoiser | None:
+        """The model that `--student_init` names; a student of PID, whose network returns something else than a
+        teacher's, only for a run of PID with the same `trajectory_head`."""
+        if self.student_init is None:
+            return None
+        start = Teacher.from_pretrained(self.student_init)
+        config = start.scheduler.config
+        if config.get("parameterization") == "trajectory" and config["trajectory_head"] != trajectory_head:
+            raise ValueError(
+                f"`student_init` must predict as the run's student does, but {self.student_init!r} is a student of "
+                f"PID with the head {config['trajectory_head']!r}."
+            )
+        return start.denoiser
 
 
 @dataclass

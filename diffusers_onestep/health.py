@@ -4,7 +4,6 @@ Lines of the log are JSON objects of numbers: `step`, `images`, `seconds`, and w
 `warning` says in plain words what goes wrong.
 """
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from .metrics import diversity, frechet_distance_of_moments, moments, square_roo
 from .pictures import picture
 from .reference import Reference
 from .reports import save_figure
+from .run_folder import read_log
 from .sampler import part_of, shared_inputs
 from .teacher import Teacher
 
@@ -156,11 +156,6 @@ class Health:
         self.lines.append(line)
         before, self.standing = self.standing, warnings(self.lines)
         return [text for kind, text in self.standing.items() if kind not in before]
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `log.jsonl`; none if there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines() if line] if path.is_file() else []
 
 
 def draw_health(log: Path, output: Path, columns: int = 4) -> None:

@@ -24,21 +24,20 @@ from .trainer import train
 PICTURES, PROMPTED_PICTURES = 20, 4  # on samples.png, of each model
 
 
-def train_student(distiller: OneStepDistiller, batches: Batches, args: TrainArguments, teacher: Teacher) -> None:
-    """`train()`, saving the student as a repository of `teacher`'s kind and, beside it, a picture of both."""
-    save, validate = student_hooks(distiller, args, teacher, batches.samples)
+def train_student(distiller: OneStepDistiller, batches: Batches, args: TrainArguments) -> None:
+    """`train()`, saving the student as a repository of its teacher's kind and, beside it, a picture of both."""
+    save, validate = student_hooks(distiller, args, batches.samples)
     train(distiller, batches, args, save=save, validate=validate)
 
 
 def student_hooks(
     distiller: OneStepDistiller,
     args: TrainArguments,
-    teacher: Teacher | None = None,
     samples: Samples | None = None,
 ) -> tuple[Callable[[Path], None] | None, Callable[[Path], dict[str, float]] | None]:
     """How `train()` saves and shows a student; two times None if it was not made from a `Teacher`. The picture of a
     text-to-image student is of some of `samples`' prompts."""
-    teacher = teacher or distiller.origin
+    teacher = distiller.origin
     if not isinstance(teacher, Teacher):
         return None, None
 
@@ -89,11 +88,10 @@ def compression_hooks(
     distiller: DKDM,
     args: TrainArguments,
     num_inference_steps: int = 20,
-    teacher: Teacher | None = None,
     samples: Samples | None = None,
 ) -> tuple[Callable[[Path], None] | None, Callable[[Path], dict[str, float]] | None]:
     """How `train()` saves and shows a compressed model; two times None if it was not made from a `Teacher`."""
-    teacher = teacher or distiller.origin
+    teacher = distiller.origin
     if not isinstance(teacher, Teacher):
         return None, None
     student = distiller.student

@@ -68,7 +68,10 @@ def create_model_card(folder: str | Path, *, repo_id: str | None = None, revisio
     """
     path = Path(folder) / "README.md"
     if path.is_file() and not _is_ours(path.read_text(encoding="utf-8")):
-        logger.warning(f"{path} was edited by hand and stays as it is; delete it to have it made anew.")
+        if (path.parent / "conversion.json").is_file():
+            logger.warning(f"{path} says where the converted weights are from, with their licence: it stays as it is.")
+        else:
+            logger.warning(f"{path} was edited by hand and stays as it is; delete it to have it made anew.")
     else:
         write_text(path, render_card(folder, repo_id or str(folder), revision))
     return path
@@ -120,7 +123,8 @@ def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str
     metrics = json.loads(measured.read_text(encoding="utf-8"), object_hook=_Row) if measured.is_file() else _Row()
     if not scheduler:
         raise ValueError(f"`folder` must hold a model or a scheduler, but {str(folder)!r} has no scheduler/.")
-    tables = {int(steps): table for steps, table in sorted((scheduler.get("dode_tables") or {}).items(), key=_steps)}
+    tables = {int(steps): table for steps, table in (scheduler.get("dode_tables") or {}).items()}
+    tables = dict(sorted(tables.items()))
     steps = scheduler.get("student_timesteps") or [None] * (
         scheduler["original_inference_steps"] if scheduler["_class_name"] == "LCMScheduler" else 0
     )
@@ -131,8 +135,9 @@ def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str
     rows = metrics.results or []
     notes, notice = folder / "notes.md", folder / "NOTICE"
     own = [row for row in rows if row.model == _own_name(rows, kind)]
-    teacher = run.get("teacher")
+    teacher = run.get("teacher") or next((t["teacher_model"] for t in tables.values() if t.get("teacher_model")), None)
     prompts = "text_encoder" in index or bool(settings.get("prompts"))
+    guidance = run.get("guidance_scale") or settings.get("guidance_scale", 1.0)
     ours_alone = index.get("_class_name") == "OneStepPipeline"  # diffusers' loader finds no such class
     return {
         "source": _arguments(name, revision),
@@ -151,9 +156,10 @@ def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str
         # diffusers loads float16 files as float32, transformers as float16
         "one_dtype": ", dtype=torch.float32" if prompts else "",
         "lora": prompts and teacher is not None and (folder / LORA_WEIGHTS).is_file(),  # others load no adapters
-        "guidance_scale": run.get("guidance_scale") or settings.get("guidance_scale", 1.0),
+        "guidance_scale": guidance,
+        "stock_guidance": _stock_guidance(index, tables, 1.0 if kind == "student" else guidance),
         "teacher": teacher,
-        "teacher_source": teacher and _arguments(teacher, run.get("revision"), stock=True),
+        "teacher_source": _arguments(teacher or "its teacher", run.get("revision"), stock=True),
         "teacher_shipped": teacher is not None and _is_shipped(teacher),
         "run": run,
         "paper": run.get("paper"),
@@ -172,16 +178,22 @@ def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str
     }
 
 
-def _steps(item: tuple[str, Any]) -> int:
-    return int(item[0])
-
-
 def _arguments(name: str, revision: str | None, stock: bool = False) -> str:
     """How code names a model to `from_pretrained`, ours or (which does not know the shipped ones) a stock one."""
     source = json.dumps(name)
     if stock and _is_shipped(name):
         source = f"shipped_model({source})"
     return source if revision is None else f"{source}, revision={json.dumps(revision)}"
+
+
+def _stock_guidance(index: dict[str, Any], tables: dict[int, dict], guidance_scale: float) -> str:
+    """The arguments of a stock call; FLUX's `guidance_scale` is what its guidance embedding is fed."""
+    embedded = next((t["embedded_guidance"] for t in tables.values() if t.get("embedded_guidance")), None)
+    embedded = index.get("embedded_guidance") or embedded
+    if embedded is None or index.get("_class_name", "FluxPipeline") != "FluxPipeline":
+        return f"guidance_scale={guidance_scale}"
+    guided = "" if guidance_scale == 1.0 else f', true_cfg_scale={guidance_scale}, negative_prompt=""'
+    return f"guidance_scale={embedded}{guided}"
 
 
 def _is_shipped(name: str) -> bool:
@@ -335,7 +347,8 @@ def push_student(
     """Push a student to the Hub: one commit of the model, its card, metrics and pictures, and nothing else.
 
     The folder is only read, but for its card, which is made anew with the name of the repository. Files of the same
-    model parts that are on the Hub and not in the folder are deleted. Of several processes the main one pushes.
+    model parts, metrics, pictures and adapters that are on the Hub and not in the folder are deleted. Of several
+    processes the main one pushes.
 
     Args:
         folder (`str` or `Path`): what a script of `training/` wrote.
@@ -380,7 +393,7 @@ def push_student(
             repo_id=name,
             folder_path=folder,
             allow_patterns=[glob.escape(file) for file in files],
-            delete_patterns=[f"{part}/*" for part in parts],
+            delete_patterns=[*(f"{part}/*" for part in parts), "metrics.json", "*.png", LORA_WEIGHTS],
             revision=revision,
             create_pr=create_pr,
             commit_message=f"{folder.resolve().name}, pushed by diffusers_onestep",

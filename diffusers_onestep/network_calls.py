@@ -53,6 +53,12 @@ def sample_shape_of(network: nn.Module) -> tuple[int, int, int]:
     return config.in_channels, height, width
 
 
+def execution_device(network: nn.Module) -> torch.device:
+    """Where a call of the network computes: the device of its weights, or the one that an offloading hook takes them
+    to."""
+    return getattr(getattr(network, "_hf_hook", None), "execution_device", None) or next(network.parameters()).device
+
+
 def _by_name(network, sample, t, cond):
     return network(sample, timestep=t, **cond)
 

@@ -8,7 +8,7 @@ its kernels and the fragmentation of its memory.
 
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import diffusers
@@ -29,7 +29,7 @@ from .ema import HalfLifeEMA
 from .methods.dmd import DMD
 from .methods.score import ScoreDistiller
 from .methods.sid import SiD
-from .models import network_from_config
+from .models import cast, network_from_config
 from .repository import resolve_model
 from .schedules import NoiseSchedule
 from .teacher import prediction_type_of
@@ -158,7 +158,10 @@ def plan(args: PlanArguments) -> Plan:
         raise ValueError(f"`pretrained_teacher_model` must have a unet or a transformer, but {path!r} has neither.")
 
     def config(part: str, reader: Any = UNet2DModel) -> dict:  # any model reads the config of any other
-        return reader.load_config(path, subfolder=part, revision=args.revision)
+        try:
+            return reader.load_config(path, subfolder=part, revision=args.revision)
+        except OSError:  # old repositories have all at their root
+            return reader.load_config(path, revision=args.revision)
 
     network = config(name)
     scheduler_class = getattr(schedulers, index["scheduler"][1], None) or getattr(diffusers, index["scheduler"][1])
@@ -167,6 +170,8 @@ def plan(args: PlanArguments) -> Plan:
     if index.get("vae"):
         vae = config("vae")
         scale = 2 ** (len(vae.get("block_out_channels") or vae["encoder_block_out_channels"]) - 1)
+    if args.resolution is None and index.get("default_sample_size"):  # of our students of FLUX
+        args = replace(args, resolution=index["default_sample_size"] * scale)
     return plan_step(network, scheduler, args, scale)
 
 
@@ -198,7 +203,7 @@ def plan_step(network_config: dict, scheduler: Any, args: PlanArguments, vae_sca
         **options,
     )
     if args.teacher_dtype:
-        teacher.to(DTYPES[args.teacher_dtype])
+        cast(network, DTYPES[args.teacher_dtype])
     without_data(networks_of(distiller))
     if args.gan_weight:  # its size is found by a call
         distiller.add_head(args.gan_weight)
@@ -281,7 +286,7 @@ def latent_shape(network: nn.Module, resolution: int | None, vae_scale: int) -> 
     """`(C, H, W)` of model space at `resolution` pixels."""
     config = network.config
     packed = "Flux" in type(network).__name__  # whose tokens are 2 x 2 latents
-    size = config.get("sample_size") or (64 if packed else None)
+    size = config.get("sample_size") or (128 if packed else None)
     if resolution is not None:
         if resolution % vae_scale:
             raise ValueError(f"`resolution` must be a multiple of {vae_scale}, but is {resolution}.")
@@ -314,6 +319,8 @@ def example_cond(network: nn.Module, batch_size: int) -> dict[str, torch.Tensor]
         cond["pooled_projections"] = torch.zeros(batch_size, config.pooled_projection_dim)
     if config.get("guidance_embeds"):
         cond["guidance"] = torch.zeros(batch_size)
+    if getattr(network, "use_additional_conditions", False):
+        cond |= {"resolution": torch.zeros(batch_size, 2), "aspect_ratio": torch.zeros(batch_size, 1)}
     if config.get("addition_embed_type") == "text_time":
         sizes = 6 * config.addition_time_embed_dim
         cond["text_embeds"] = torch.zeros(batch_size, config.projection_class_embeddings_input_dim - sizes)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 
+from .data import captions_of
 from .teacher import Teacher
 
 DEFAULT_CACHE = str(Path(HF_HOME) / "diffusers_onestep")
@@ -247,35 +248,3 @@ def as_tensor(image: Any, height: int, width: int) -> torch.Tensor:
 
     image = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def load_rows(dataset_name: str, split: str = "train") -> Any:
-    """A `datasets` data set: a Hub id, a folder of `save_to_disk`, or a folder that `load_dataset` reads."""
-    from datasets import load_dataset, load_from_disk
-
-    if (Path(dataset_name) / "dataset_info.json").is_file():
-        return load_from_disk(dataset_name)
-    return load_dataset(dataset_name, split=split)
-
-
-def column_of(rows: Any, name: str | None, argument: str, kind: str, usual: Sequence[str]) -> str:
-    """The column `name`; if None, one of the `usual` names, or the only column of `kind`, `"string"` or `"image"`.
-
-    Raises:
-        ValueError: if there is none such.
-    """
-    from datasets import Image
-
-    found = [k for k, v in rows.features.items() if isinstance(v, Image) == (kind == "image")]
-    if kind == "string":
-        found = [k for k in found if getattr(rows.features[k], "dtype", "") in ("string", "large_string", "list")]
-    named = [name] if name else [k for k in usual if k in found] or (found if len(found) == 1 else [])
-    if not named or named[0] not in rows.features:
-        raise ValueError(f"`{argument}` must be a column of {sorted(rows.features)}, but is {name!r}.")
-    return named[0]
-
-
-def captions_of(rows: Any, column: str) -> list[str]:
-    """The captions of a column; of several for one image the first, and "" for none."""
-    captions = [caption[0] if isinstance(caption, list) and caption else caption for caption in rows[column]]
-    return [caption if isinstance(caption, str) else "" for caption in captions]

@@ -145,7 +145,7 @@ def provenance(command: str) -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | _versions(PACKAGES),
         "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
         f"{PartialState().num_processes} processes with {torch.get_num_threads()} threads each, "
-        f"{'cuda' if torch.cuda.is_available() else 'no GPU'}",
+        f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}",
     }
 
 

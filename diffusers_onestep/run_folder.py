@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from .files import read_json, write_text
 from .records import RUN_RECORD
@@ -58,13 +59,19 @@ def checkpoint_to_go_on_from(output_dir: Path, wanted: str | None) -> Path | Non
 def truncate_log(path: Path, step: int) -> None:
     """Drop what an interrupted run logged after `step`."""
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
-        write_text(path, "".join(line + "\n" for line in lines))
+        write_text(path, "".join(json.dumps(line) + "\n" for line in read_log(path) if line["step"] <= step))
 
 
-def put_aside_old_numbers(folder: Path, step: int) -> None:
-    """What was measured of this folder's student at another step than `step` says nothing of the one that comes."""
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `log.jsonl`, but for a last one that a full disk or a kill cut off; none if there is no file."""
+    text = path.read_text() if path.is_file() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line]
+
+
+def put_aside_old_numbers(folder: Path, step: int | None = None) -> None:
+    """What was measured of this folder's student at another step than `step`, or in another run if that is None, says
+    nothing of the one that comes."""
     record, measured = folder / RUN_RECORD, folder / "metrics.json"
-    if record.is_file() and measured.is_file() and (old := read_json(record)["steps"]) != step:
-        measured.replace(folder / f"metrics-step-{old}.json")
+    if record.is_file() and measured.is_file() and ((old := read_json(record).get("steps")) != step or step is None):
+        measured.replace(folder / ("metrics-old.json" if old is None else f"metrics-step-{old}.json"))
         (folder / "quality.png").unlink(missing_ok=True)

@@ -89,6 +89,11 @@ def inputs_of(
             f"`prompts` must be {'given for a text-to-image model' if prompts is None else 'None for a pixel model'}: "
             f"this {type(pipeline).__name__} takes {wants}."
         )
+    if prompts is None and not hasattr(pipeline, "num_labels"):
+        raise ValueError(
+            f"`pipeline` must be a `OneStepPipeline`, a `Teacher` or a text-to-image pipeline, but is a "
+            f"{type(pipeline).__name__}: load it by `Teacher.from_pretrained`."
+        )
     num_labels = None if prompts is not None else pipeline.num_labels
     return shared_inputs(sample_shape(pipeline, resolution), num_labels, num_samples, seed, prompts)
 

@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from .denoiser import Cond, Denoiser, GuidedDenoiser
+from .network_calls import execution_device
 
 
 def deterministic(scheduler: SchedulerMixin) -> SchedulerMixin:
@@ -31,7 +32,7 @@ def sample(
 
     DDPM and DDIM are replaced as in `deterministic`. Tensors move to the network's device.
     """
-    device = next(denoiser.network.parameters()).device
+    device = execution_device(denoiser.network)
     noise, cond = noise.to(device), {k: v.to(device) for k, v in (cond or {}).items()}
     return _solve(lambda x, t: denoiser.call_network(x, t, cond), scheduler, noise, num_inference_steps)
 

@@ -91,7 +91,9 @@ class VPSchedule(NoiseSchedule):
         self._tables = {}  # one copy per device, so that a step never waits for a transfer
 
     def alpha_sigma(self, t):
-        table = self._tables.setdefault(t.device, self.alphas_cumprod.to(t.device))
+        if t.device not in self._tables:
+            self._tables[t.device] = self.alphas_cumprod.to(t.device)
+        table = self._tables[t.device]
         position = t.double().clamp(0, self.t_max)
         below = position.long()
         above = (below + 1).clamp(max=self.t_max)

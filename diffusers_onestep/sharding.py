@@ -148,7 +148,8 @@ def load_part(network: nn.Module, optimizer: torch.optim.Optimizer, path: Path) 
             if name.startswith("optimizer."):
                 _, number, part = name.split(".")
                 parameter = parameters[int(number)]
-                optimizer.state[parameter][part] = _like(parameter, file.get_tensor(name))
+                # a fused optimizer counts its steps on the GPU
+                optimizer.state[parameter][part] = _like(parameter, file.get_tensor(name).to(parameter.device))
 
 
 @torch.no_grad()

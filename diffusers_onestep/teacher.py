@@ -298,7 +298,8 @@ def prediction_type_of(scheduler: Any, schedule: NoiseSchedule) -> str:
     if isinstance(schedule, FlowSchedule):
         return "flow_prediction"
     if isinstance(schedule, EDMSchedule):
-        if prediction_type != "epsilon":
+        # diffusers' schedulers say epsilon, our students' the truth
+        if prediction_type not in ("epsilon", schedule.prediction_type):
             raise ValueError(f"`prediction_type` of an EDM scheduler must be 'epsilon', but is {prediction_type!r}.")
         return schedule.prediction_type
     return prediction_type

@@ -37,10 +37,11 @@ from tqdm.auto import tqdm
 from .arguments import DTYPES, TrainArguments
 from .ema import HalfLifeEMA
 from .files import write_json
-from .health import Health, draw_health, read_log
+from .health import Health, draw_health
 from .hub import create_model_card
 from .lora import is_adapted, leave_dtypes_to_autocast
 from .methods.base import Batch, Distiller, sample_generators
+from .models import cast
 from .records import RUN_RECORD, run_record, without_secret_settings
 from .run_folder import (
     checkpoint_path,
@@ -48,6 +49,7 @@ from .run_folder import (
     checkpoints,
     latest_checkpoint,
     put_aside_old_numbers,
+    read_log,
     remove_checkpoint,
     truncate_log,
 )
@@ -111,9 +113,7 @@ class Trainer:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         if args.cpu_threads:
             torch.set_num_threads(args.cpu_threads)
-        self.accelerator = Accelerator(
-            mixed_precision=args.mixed_precision, log_with=args.trackers or None, project_dir=self.output_dir / "logs"
-        )
+        self.accelerator = args.accelerator(log_with=args.trackers or None, project_dir=self.output_dir / "logs")
         if args.global_batch_size:
             micro_batch = args.train_batch_size * self.accelerator.num_processes
             if args.global_batch_size % micro_batch:
@@ -214,7 +214,7 @@ class Trainer:
                 f"`teacher_dtype` and `offload_teacher` need a teacher, but {type(self.distiller).__name__} has none."
             )
         if args.teacher_dtype:
-            teacher.to(DTYPES[args.teacher_dtype])
+            cast(teacher.network, DTYPES[args.teacher_dtype])
         if not args.offload_teacher:
             return None
         if is_adapted(self.distiller.student.network):
@@ -242,6 +242,9 @@ class Trainer:
         elif args.resume_from_checkpoint:
             accelerator.print(f"No checkpoint in {self.output_dir}: starting from the beginning.")
         if accelerator.is_main_process:
+            for folder in (self.output_dir, self.output_dir / "best"):
+                if checkpoint is None:
+                    put_aside_old_numbers(folder)
             for later in checkpoints(self.output_dir):
                 if int(later.name[5:]) > self.step:
                     remove_checkpoint(later)
@@ -516,7 +519,7 @@ class Trainer:
         for name, scheduler in self.lr_schedulers.items():
             scheduler.load_state_dict(state["lr_schedulers"][name] | {"base_lrs": scheduler.base_lrs})
             for group, own in zip(self.optimizers[name].param_groups, given[name], strict=True):
-                last = group["lr"]
+                (last,) = state["lr_schedulers"][name]["_last_lr"]
                 group.update({key: own[key] for key in ("initial_lr", "betas", "eps", "weight_decay")})
                 group["lr"] = own["initial_lr"] * scheduler.lr_lambdas[0](scheduler.last_epoch)
                 if group["lr"] > 2 * last:
@@ -572,6 +575,8 @@ class Trainer:
                     log_picture(self.accelerator, self.output_dir / "samples.png", self.step)
                 if self.is_best(values.get("distance", math.inf)) and self.save_student is not None:
                     self.write_folder(self.output_dir / "best", picture=self.output_dir / "samples.png")
+            if self._teacher_hook:
+                self._teacher_hook.offload()
             if main:
                 if values:
                     self.write_log(values)

@@ -1,9 +1,10 @@
 import json
+from datetime import timedelta
 
 import pytest
 from conftest import training_module
 
-from diffusers_onestep.arguments import parse_args
+from diffusers_onestep.arguments import TrainArguments, parse_args
 from diffusers_onestep.presets import DKDM_PRESETS, DMD_PRESETS, PID_PRESETS, SID_PRESETS
 
 REQUIRED = ["--pretrained_teacher_model", "fashion32", "--output_dir", "out"]
@@ -165,3 +166,7 @@ def test_a_missing_file_of_flags_ends_the_program(capsys):
     with pytest.raises(SystemExit):
         parse_args(SID, [*REQUIRED, "--config", "nowhere.yaml"], SID_PRESETS)
     assert "`config` must be a YAML or JSON file, but 'nowhere.yaml' does not exist" in capsys.readouterr().err
+
+
+def test_ranks_wait_for_one_that_works_alone(tmp_path):
+    assert TrainArguments(output_dir=str(tmp_path)).accelerator().init_handler.timeout >= timedelta(hours=6)

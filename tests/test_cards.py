@@ -23,6 +23,7 @@ from diffusers_onestep.hooks import student_hooks
 from diffusers_onestep.hub import TEMPLATE
 from diffusers_onestep.records import command_line, without_secret_settings, without_secret_words, without_secrets
 from diffusers_onestep.repository import shipped_names
+from diffusers_onestep.run_folder import put_aside_old_numbers
 
 
 def trained(teacher_folder, folder, **flags):
@@ -318,10 +319,30 @@ def test_numbers_of_another_step_are_put_aside(teacher_folder, tmp_path):
     assert json.loads((folder / "metrics-step-1.json").read_text()) == metrics
 
 
+def test_numbers_of_another_run_are_put_aside(tmp_path):
+    for record, name in (({"steps": 1}, "metrics-step-1.json"), ({}, "metrics-old.json")):
+        (tmp_path / "metrics.json").write_text("{}")
+        (tmp_path / "training_run.json").write_text(json.dumps(record))
+        if record:
+            put_aside_old_numbers(tmp_path, 1)
+            assert (tmp_path / "metrics.json").is_file()
+        put_aside_old_numbers(tmp_path)
+        assert not (tmp_path / "metrics.json").exists() and (tmp_path / name).is_file()
+
+
+def test_a_solver_from_python_names_its_teacher_or_that_there_is_none(tmp_path):
+    (tmp_path / "scheduler").mkdir()
+    for note, loaded in (({"teacher_model": "user/model"}, '"user/model"'), ({}, '"its teacher"')):
+        config = {"_class_name": "DistilledDDIMScheduler", "dode_tables": {"8": {"lambdas": [0.0] * 8} | note}}
+        (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+        assert f"DiffusionPipeline.from_pretrained({loaded})" in create_model_card(tmp_path).read_text()
+
+
 def test_guidance_that_is_baked_in_is_in_the_card(teacher_folder, tmp_path):
     teacher = Teacher.from_pretrained(teacher_folder)
     distiller = DMD(GuidedDenoiser(teacher.denoiser, 3.0, {"class_labels": torch.tensor([2])}))
-    save, _ = student_hooks(distiller, TrainArguments(str(tmp_path)), teacher)
+    distiller.origin = teacher
+    save, _ = student_hooks(distiller, TrainArguments(str(tmp_path)))
     args = TrainArguments(str(tmp_path), max_train_steps=1, train_batch_size=2)
     train(distiller, Batches(Conditions(teacher.encode()), 2), args, save=save)
     assert "guidance 3.0 is baked in" in (tmp_path / "README.md").read_text()

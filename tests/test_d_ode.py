@@ -1367,3 +1367,9 @@ def test_without_tables_every_config_is_the_stock_class(name, options, steps):
     first = list(known)[1:3]
     positional = [config.pop(key, known[key].default) for key in first]
     assert torch.equal(final(ours(*positional, **config), random_network, noise, steps), expected)
+
+
+def test_ddim_clips_only_where_the_teachers_scheduler_says_so():
+    for stock, clips in ((DPMSolverMultistepScheduler(), False), (DDPMScheduler(), True)):
+        assert solver_for("ddim", stock).config.clip_sample == clips
+    assert not solver_for("ddim", DDPMScheduler(clip_sample=False)).config.clip_sample

@@ -87,6 +87,16 @@ def test_a_data_set_of_images_of_many_sizes_is_refused(tmp_path):
         load_images(str(tmp_path))
 
 
+def test_the_first_of_several_captions_is_the_image_s(tmp_path):
+    from datasets import Dataset
+    from PIL import Image
+
+    image = Image.new("L", (8, 8))
+    columns = {"image": [image] * 3, "caption": ["other"] * 3, "text": [["a", "b"], [], ["c"]]}
+    Dataset.from_dict(columns).save_to_disk(tmp_path / "rows")
+    assert load_images(str(tmp_path / "rows")).captions == ["a", "", "c"]
+
+
 def test_pairs_replay_the_teachers_solver(tmp_path, teacher_folder):
     """What `make_pairs.py` stores is what the deterministic solver makes of the stored noise."""
     from diffusers_onestep import Teacher

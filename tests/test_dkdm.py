@@ -433,7 +433,38 @@ def test_learned_variances_are_told_from_the_networks():
     with pytest.raises(ValueError, match="`teacher` must have 2 channels out"):
         DKDM(Denoiser(tiny_unet(), VP, "epsilon"), batch_size=2, num_steps=10, learned_variance=True)
     with pytest.raises(ValueError, match="in the synthetic scheme"):
-        DKDM(teacher, batch_size=2, num_steps=10, scheme="synthetic")
+        DKDM(teacher, batch_size=2, num_steps=10, scheme="synthetic", learned_variance=True)
+
+
+@pytest.mark.parametrize("case", ["guided", "synthetic"])
+def test_a_variance_that_nobody_can_learn_is_left_out(case):
+    config = dict(tiny_unet(classes=3).config) | {"out_channels": 2}
+    teacher = Denoiser(UNet2DModel(**config).eval(), VP, "epsilon")
+    if case == "guided":
+        teacher = GuidedDenoiser(teacher, 3.0, {"class_labels": torch.tensor([2])})
+    more = {"scheme": "synthetic"} if case == "synthetic" else {}
+    cond = {"class_labels": torch.arange(2)}
+    distiller = DKDM(teacher, batch_size=2, num_steps=4, cond=cond, **more)
+    ((_, loss),) = distiller.updates({"batch_size": 2})
+    loss.backward()
+    mean, variance = distiller.student.network.conv_out.weight.grad
+    assert mean.abs().sum() > 0 and variance.abs().sum() == 0
+
+
+def test_a_guided_teacher_keeps_its_schedulers_settings_and_labels():
+    teacher = Teacher.from_pretrained("fashion32")
+    plain = DKDM(teacher, num_steps=10, batch_size=2)
+    guided = DKDM(teacher.guided(2.0), num_steps=10, batch_size=2)
+    assert plain.chain.clip and guided.chain.clip
+    assert guided.reservoir.cond.cond["class_labels"].tolist() == list(range(10))  # and no null label
+
+
+def test_slots_in_turn_go_on_where_a_checkpoint_left_them(tmp_path):
+    first, again = (toy(batch_size=8, scheme="shuffled") for _ in range(2))
+    list(first.updates({"batch_size": 6}))
+    first.save_state(tmp_path, 0)
+    again.load_state(tmp_path, 0, 1)
+    assert again.slots(4, None, None).tolist() == first.slots(4, None, None).tolist() == [6, 7, 0, 1]
 
 
 def test_a_teachers_scheduler_says_how_it_steps():

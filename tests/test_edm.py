@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from diffusers_onestep import Denoiser, EDM2UNet2DModel, EDMHeunScheduler, EDMSchedule, EDMUNet2DModel, NoiseSchedule
 from diffusers_onestep.conversion.edm import edm2_settings, edm_settings, network_from_edm
 from diffusers_onestep.conversion.kinds import EDM_WRAPPERS
+from diffusers_onestep.models import cast
 from diffusers_onestep.sampling import sample
 from diffusers_onestep.schedules import iddpm_sigmas
 
@@ -438,3 +439,13 @@ def test_stock_euler_in_one_step_is_the_denoiser():
         output = network(scheduler.scale_model_input(x, t), t).sample
         stepped = scheduler.step(output, t, x).prev_sample
         torch.testing.assert_close(denoiser(x, t.expand(2)), stepped, rtol=1e-5, atol=1e-5)
+
+
+def test_lower_precision_leaves_what_a_network_keeps_in_float32():
+    widths = {"model_channels": 8, "channel_mult": (1, 2), "layers_per_block": 1}
+    network = EDMUNet2DModel(sample_size=8, architecture="ncsnpp", **widths)
+    before = {name: buffer.clone() for name, buffer in network.map_noise.named_buffers()}
+    cast(network, torch.bfloat16)
+    assert before and all(torch.equal(network.map_noise.get_buffer(name), value) for name, value in before.items())
+    assert network.map_layer0.weight.dtype == torch.float32
+    assert {p.dtype for name, p in network.named_parameters() if not name.startswith("map")} == {torch.bfloat16}

@@ -25,6 +25,7 @@ from diffusers_onestep import (
 from diffusers_onestep.arguments import TrainArguments
 from diffusers_onestep.augmentation import augment
 from diffusers_onestep.data import Batches, Conditions
+from diffusers_onestep.distillation import StudentArguments
 from diffusers_onestep.hooks import default_hooks
 from diffusers_onestep.models import SpaceToDepthUNet2DModel, network_from_config, set_dropout, shrunk
 from diffusers_onestep.schedulers import solver_for
@@ -87,6 +88,13 @@ def test_two_steps_of_every_method(place, name, teacher_folder, tmp_path):
     expected = distiller.sample(noise, {"class_labels": labels})
     images = pipe(latents=noise, class_labels=labels, output_type="latent").images
     torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
+    start = StudentArguments(output_dir="", pretrained_teacher_model="", student_init=str(tmp_path))
+    if name == "PID":
+        with pytest.raises(ValueError, match=r"`student_init` must predict as .* of PID with the head 'network'"):
+            start.load_student()
+    started = start.load_student("network")
+    again = type(distiller)(teacher, student=started, **({"distance": "l2"} if name == "PID" else {}))
+    assert all(torch.equal(v, after[k]) for k, v in again.student.network.state_dict().items())
     if name == "SiD":
         assert pipe.scheduler.init_noise_sigma == pytest.approx(2.5, rel=1e-6)
     if name in ("DMD", "PID"):

@@ -10,6 +10,7 @@ from diffusers import (
     AutoencoderKL,
     ConsistencyModelPipeline,
     DDIMScheduler,
+    DDPMPipeline,
     DDPMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -313,6 +314,9 @@ def test_what_cannot_be_measured_is_refused():
         measure(samples, None, ["clip_score"])
     with pytest.raises(ValueError, match="`num_inference_steps` must be given for a model of many steps"):
         evaluate(Teacher.from_pretrained("fashion32"), num_samples=2)
+    stock = DDPMPipeline(Teacher.from_pretrained("fashion32").denoiser.network, DDPMScheduler())
+    with pytest.raises(ValueError, match=r"`pipeline` must be a .*, but is a DDPMPipeline: load it by `Teacher"):
+        evaluate(stock, num_inference_steps=2, num_samples=2)
 
 
 def test_files_of_an_earlier_version_still_read(tmp_path):

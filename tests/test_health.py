@@ -11,9 +11,9 @@ from test_trainer import Scripted, arguments, batches_of
 from diffusers_onestep import OneStepPipeline, SiD, Teacher, train
 from diffusers_onestep.arguments import TrainArguments
 from diffusers_onestep.data import Batches, Conditions
-from diffusers_onestep.health import PATIENCE, WINDOW, Health, Watch, draw_health, read_log, warnings
+from diffusers_onestep.health import PATIENCE, WINDOW, Health, Watch, draw_health, warnings
 from diffusers_onestep.hooks import validation
-from diffusers_onestep.run_folder import latest_checkpoint
+from diffusers_onestep.run_folder import latest_checkpoint, read_log, truncate_log
 from diffusers_onestep.sampler import spread
 
 
@@ -204,3 +204,11 @@ def test_a_diverging_run_warns_and_stops_if_it_is_asked_to(tmp_path, capsys):
     # asked to go on, it does: the warning is known
     train(Losing(), batches_of(), arguments(stopping, resume_from_checkpoint="latest", **settings))
     assert read_log(stopping / "log.jsonl")[-1]["step"] == 2 * WINDOW + 2
+
+
+def test_a_line_that_was_cut_off_is_left_out(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 1, "a": 0.1}\n{"step": 2, "a": NaN}\n{"step": 3, "a":')
+    assert [line["step"] for line in read_log(log)] == [1, 2]
+    truncate_log(log, 1)
+    assert log.read_text() == '{"step": 1, "a": 0.1}\n'

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from accelerate import cpu_offload_with_hook
 from conftest import run, tiny_unet
 from peft import LoraConfig
 from torch import nn
@@ -14,6 +15,7 @@ from diffusers_onestep import DMD, Denoiser, SiD, VPSchedule, train
 from diffusers_onestep.arguments import TrainArguments
 from diffusers_onestep.data import Batches, Conditions
 from diffusers_onestep.methods.pretrain import Pretraining
+from diffusers_onestep.network_calls import execution_device
 from diffusers_onestep.trainer import Trainer, average_gradients
 
 VP = VPSchedule(torch.linspace(0.9999, 0.01, 1000))
@@ -52,6 +54,21 @@ def test_the_teacher_leaves_the_device_after_every_update(tmp_path):
     trainer.distiller.teacher.network.register_forward_hook(lambda *_: seen.append("used"))
     trainer.train_step([{"batch_size": 2, "cond": {}}])
     assert seen == ["used", "away", "away"]  # the student's update, then the fake score's
+
+
+def test_an_offloaded_teacher_is_sampled_where_its_hook_takes_it_and_put_away_again(tmp_path):
+    network = teacher().network
+    assert execution_device(network).type == "cpu"
+    cpu_offload_with_hook(network, torch.device("meta"))
+    assert execution_device(network).type == "meta" and next(network.parameters()).device.type == "cpu"
+
+    trainer = Trainer(DMD(teacher()), arguments(tmp_path, offload_teacher=True))
+    seen = []
+    trainer._teacher_hook.offload = lambda: seen.append("away")
+    trainer.validate = lambda folder: seen.append("shown") or {}
+    (tmp_path / "samples.png").touch()
+    trainer.write_samples()
+    assert seen == ["shown", "away"]
 
 
 def test_teacher_dtype_is_of_the_frozen_weights_alone(tmp_path):

@@ -7,6 +7,7 @@ import torch
 from analytic import GaussianNetwork, gaussian_denoiser, kinds_of_teachers
 from conftest import run, script, tiny_unet
 from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from families import tiny_pipeline
 from torch import nn
 
 from diffusers_onestep import (
@@ -18,6 +19,7 @@ from diffusers_onestep import (
     NoiseSchedule,
     OneStepPipeline,
     OneStepScheduler,
+    Teacher,
     VPSchedule,
 )
 from diffusers_onestep.denoiser import ode_time, scale_input
@@ -557,3 +559,12 @@ def lambda_module(function):
     module = nn.Module()
     module.forward = function
     return module
+
+
+def test_flux_in_lower_precision_is_refused():
+    """It rounds its times, and the derivative along the trajectory with them (specification, section 10)."""
+    teacher = Teacher(tiny_pipeline("flux"), resolution=16)
+    distiller = PID(teacher, distance="l2", num_points=4)
+    distiller.student.autocast_dtype = torch.bfloat16
+    with pytest.raises(ValueError, match="`mixed_precision` must be 'no' for PID on FLUX"):
+        next(distiller.updates({"batch_size": 1, "cond": teacher.encode(["a"])}))

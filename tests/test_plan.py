@@ -14,11 +14,13 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT, tiny_unet
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from families import tiny_pipeline
 from hub_server import LocalHub
 
 from diffusers_onestep import DMD, Denoiser, GuidedDenoiser, SiD, VPSchedule
 from diffusers_onestep.cli import main
 from diffusers_onestep.methods.gan import GANHead
+from diffusers_onestep.models import network_from_config
 from diffusers_onestep.plan import MemoryMeter, PlanArguments, example_cond, plan, plan_distiller, plan_step
 from diffusers_onestep.trainer import checkpoint_gradients
 
@@ -203,6 +205,28 @@ def test_resolution_counts_in_latents(configs_only):
     assert at[64] == pytest.approx(4 * at[32], rel=0.05)
     with pytest.raises(ValueError, match=r"`resolution` must be a multiple of 4, but is 30"):
         plan(arguments(pretrained_teacher_model=str(configs_only), resolution=30))
+
+
+def test_old_repositories_have_their_configs_at_the_root(configs_only):
+    (configs_only / "unet" / "config.json").rename(configs_only / "config.json")
+    (configs_only / "scheduler" / "scheduler_config.json").rename(configs_only / "scheduler_config.json")
+    planned = plan(arguments(pretrained_teacher_model=str(configs_only)))
+    assert planned.parameters["teacher"] == sum(p.numel() for p in tiny_unet(classes=3).parameters())
+
+
+def test_flux_is_planned_at_the_size_that_it_is_trained_at(tmp_path):
+    tiny_pipeline("flux").save_pretrained(tmp_path)
+    at = {r: plan(arguments(pretrained_teacher_model=str(tmp_path), resolution=r)).flops for r in (None, 128, 256)}
+    assert at[None] == at[256] > at[128]  # 128 latents, of two pixels
+
+
+def test_pixart_at_1024_pixels_is_told_its_size():
+    network = tiny_pipeline("pixart").transformer
+    config = dict(network.config) | {"_class_name": "PixArtTransformer2DModel", "use_additional_conditions": True}
+    config |= {"num_attention_heads": 3, "cross_attention_dim": 24}  # a third of the width for each of three numbers
+    with torch.device("meta"):
+        assert set(example_cond(network_from_config(config), 2)) > {"resolution", "aspect_ratio"}
+    plan_step(config, DDPMScheduler(), arguments(method="sid", train_batch_size=2))
 
 
 def test_bad_flags_are_refused(configs_only):

@@ -5,13 +5,10 @@ import torch
 from families import tiny_pipeline
 
 from diffusers_onestep import Teacher
-from diffusers_onestep.data import Batches
+from diffusers_onestep.data import Batches, captions_of, column_of, load_rows
 from diffusers_onestep.prompts import (
     CaptionedLatents,
     PromptEmbeddings,
-    captions_of,
-    column_of,
-    load_rows,
     read_prompts,
     text_digest,
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_unet
+from conftest import tiny_unet, training_module
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.utils import logging
 from PIL import Image
@@ -157,3 +157,9 @@ def test_quickstart_keeps_its_promise(tmp_path):
     subprocess.run(command, check=True, timeout=300)
     rows = {(r["model"], r["nfe"]): r["value"] for r in json.loads((tmp_path / "metrics.json").read_text())["results"]}
     assert rows["this student", 1] < rows["teacher", 5]
+
+
+def test_shipping_renames_the_folder_and_nothing_else():
+    text = '{"out_channels": 1, "dropout": 0.0, "output_dir": "out", "command": "train.py --output_dir out --x ./out"}'
+    expected = text.replace('"out"', '"mine"').replace("_dir out", "_dir mine")
+    assert training_module("ship_model").renamed(text, "out", "mine") == expected

@@ -6,14 +6,16 @@ import pytest
 import torch
 from analytic import gaussian_denoiser, hermite_grid
 from conftest import tiny_unet
+from peft import LoraConfig
 
-from diffusers_onestep import Denoiser, EDMSchedule, FlowSchedule, SiD, VPSchedule, train
+from diffusers_onestep import DMD, Denoiser, EDM2UNet2DModel, EDMSchedule, FlowSchedule, SiD, VPSchedule, train
 from diffusers_onestep.arguments import TrainArguments
 from diffusers_onestep.data import Batches, Conditions
 from diffusers_onestep.ema import HalfLifeEMA
 from diffusers_onestep.methods.base import normal, sample_generators
 from diffusers_onestep.methods.dmd import distribution_matching_loss, gan_losses
 from diffusers_onestep.methods.sid import sid_loss
+from diffusers_onestep.models import has_train_mode
 
 EDM = EDMSchedule()
 VP = VPSchedule(torch.linspace(0.9999, 0.01, 1000))
@@ -391,6 +393,36 @@ def test_dropout_is_on_only_where_a_network_learns():
     without = small_sid(network_dropout=0.0)
     without.learn("student")
     assert not without.student.network.training
+
+
+def test_networks_that_train_mode_changes_have_it():
+    lora = small_sid(lora=LoraConfig(r=2, lora_dropout=0.1), network_dropout=None)
+    lora.learn("student")
+    assert lora.student.network.training
+    network = EDM2UNet2DModel(sample_size=8, in_channels=1, model_channels=8, num_class_embeds=None, dropout=0.0)
+    assert has_train_mode(network)  # forced weight normalisation
+    assert not has_train_mode(tiny_unet())
+
+
+def test_a_sample_that_overflows_the_fake_score_teaches_it_nothing():
+    distiller = small_sid()
+    fake = distiller.fake_score.forward
+
+    def overflowing(x_t, t, cond=None):
+        return torch.where(torch.arange(4).reshape(4, 1, 1, 1) == 2, math.inf, fake(x_t, t, cond))
+
+    x0, generators = torch.randn(4, 1, 16, 16), lambda: [torch.Generator().manual_seed(i) for i in range(4)]
+    whole = distiller.fake_score_loss(x0, BATCH, generators())
+    distiller.fake_score.forward = overflowing
+    part = distiller.fake_score_loss(x0, BATCH, generators())
+    assert part.isfinite() and 0 < part < whole
+
+
+@pytest.mark.parametrize("method", [SiD, DMD])
+def test_levels_that_the_teacher_does_not_have_are_refused(method):
+    for wrong in (0.0, 1000.0):
+        with pytest.raises(ValueError, match=rf"`start_ratio` must lie between .* but is {wrong}"):
+            method(Denoiser(tiny_unet(), VP, "epsilon"), start_ratio=wrong)
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0])

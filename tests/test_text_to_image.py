@@ -11,6 +11,7 @@ from families import BUILDERS, CALLS, tiny_pipeline
 from PIL import Image
 
 from diffusers_onestep import OneStepPipeline, Teacher
+from diffusers_onestep.pipelines.pipeline_text_to_image import TEXT_TO_IMAGE_PIPELINES
 
 FAMILIES = list(BUILDERS)
 STOCK = {
@@ -137,6 +138,8 @@ def test_every_method_trains_every_family(folders, tmp_path, family, method):
     assert np.array_equal(
         stock(PROMPTS[0], generator=seeded(), output_type="np", **plain, **size(family)).images, image
     )
+    if family == "flux":
+        assert f"guidance_scale={3.5}" in (tmp_path / "README.md").read_text()
     own = index["scheduler"][0] == "diffusers_onestep"
     assert own == (method in ("sida", "sid", "pid") or (method == "dmd" and family in ("sd3", "flux", "sana")))
 
@@ -178,6 +181,9 @@ def test_solvers_are_fitted_to_every_kind_of_teacher(folders, tmp_path, family, 
     image = ours(PROMPTS[0], generator=seeded(), output_type="np", **size(family)).images
     again = stock(PROMPTS[0], generator=seeded(), output_type="np", **plain, **size(family)).images
     assert np.array_equal(again, image)
+    if family == "flux":
+        card = (tmp_path / "README.md").read_text()
+        assert 'guidance_scale=3.5, true_cfg_scale=3.0, negative_prompt=""' in card
     table = next(iter(ours.scheduler.config.dode_tables.values()))
     assert table["guidance_scale"] == 3.0 and any(table["lambdas"])
 
@@ -241,6 +247,24 @@ def test_bad_flags_end_before_training(folders, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         run_script("train_sid", *flags(folders, "sd3", tmp_path, **changes))
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_the_folder_of_another_run_is_refused_before_anything_is_written_to_it(folders, tmp_path):
+    run_script("train_dmd", *flags(folders, "sd", tmp_path, max_train_steps=1))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(ValueError, match="`output_dir` must hold no checkpoints of another run"):
+        run_script("train_dmd", *flags(folders, "sd-v", tmp_path, max_train_steps=1))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("family", ["pixart", "pixart-sigma", "sana"])
+def test_sizes_that_stock_pipelines_have_no_table_for_are_the_default(family):
+    pipeline = tiny_pipeline(family)
+    student = TEXT_TO_IMAGE_PIPELINES[STOCK[family]].of(pipeline)
+    student.set_progress_bar_config(disable=True)
+    call = {k: v for k, v in CALLS.get(family, {}).items() if k == "clean_caption"}
+    side = student.transformer.config.sample_size * student.vae_scale_factor
+    assert student("x", num_inference_steps=1, output_type="np", **call).images.shape[1:3] == (side, side)
 
 
 def test_pixel_teachers_take_no_prompts(folders, tmp_path):

@@ -95,9 +95,10 @@ def main(args: FitArguments) -> None:
             "`save_pipeline` must be False for a guided pixel teacher, whose pipeline samples without guidance, but "
             f"is True with `guidance_scale` {args.guidance_scale}."
         )
+    embeds = teacher.denoiser.network.config.get("guidance_embeds")
     notes = {
         "guidance_scale": args.guidance_scale,
-        "embedded_guidance": args.embedded_guidance if teacher.takes_prompts else None,
+        "embedded_guidance": args.embedded_guidance if embeds else None,
         "teacher_model": args.pretrained_teacher_model,
         "revision": args.revision,
         "variant": args.variant,

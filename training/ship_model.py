@@ -9,6 +9,7 @@ alone is made anew.
 
 import argparse
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -39,6 +40,11 @@ def shipped_card(name: str) -> str:
     return render_card(ASSETS / name, name, pictures=there)
 
 
+def renamed(text: str, folder: str, name: str) -> str:
+    """`text` with another name where it has `folder`, but not where that is a part of a word or a path."""
+    return re.sub(rf"(?<![\w./-]){re.escape(folder)}(?![\w-])", name, text)
+
+
 def ship(folder: str, name: str) -> None:
     index = json.loads((Path(folder) / "model_index.json").read_text())
     is_teacher = index["scheduler"][1] in ("DDPMScheduler", "DDIMScheduler", "EDMEulerScheduler")
@@ -50,8 +56,9 @@ def ship(folder: str, name: str) -> None:
             shutil.copy(Path(folder) / file, ASSETS / name)
     for path in (ASSETS / name).rglob("*.json"):  # without folders of this machine
         text = path.read_text()
-        config = json.loads(text.replace(str(Path(folder)), name))
-        if config.pop("_name_or_path", None) is not None or str(Path(folder)) in text:
+        config = json.loads(renamed(text, str(Path(folder)), name))
+        config.pop("_name_or_path", None)
+        if config != json.loads(text):
             write_json(path, config)
     if (notice := Path(folder) / "NOTICE").is_file():
         shutil.copy(notice, ASSETS / name)

@@ -67,7 +67,7 @@ def main(args: DKDMArguments) -> None:
         checkpoint = checkpoint_to_go_on_from(Path(args.output_dir), args.resume_from_checkpoint)
     if args.reservoir_dtype not in ("float32", "float16"):
         raise ValueError(f"`reservoir_dtype` must be 'float32' or 'float16', but is {args.reservoir_dtype!r}.")
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    accelerator = args.accelerator()
     own_batch = args.train_batch_size * args.gradient_accumulation_steps
     if args.global_batch_size:
         own_batch = args.global_batch_size // accelerator.num_processes
@@ -94,7 +94,7 @@ def main(args: DKDMArguments) -> None:
         pin_memory=args.pin_memory,
         sample_shape=teacher.sample_shape,
     )
-    save, validate = compression_hooks(distiller, args, args.validation_inference_steps, teacher, samples)
+    save, validate = compression_hooks(distiller, args, args.validation_inference_steps, samples)
     if not args.dry_run and checkpoint is None:  # the first update prepares it, or `train` reads it
         prepare(distiller, args, accelerator)
     train(distiller, Batches(Conditions(), args.train_batch_size, args.seed), args, save=save, validate=validate)

@@ -73,7 +73,7 @@ def main(args: DMDArguments) -> None:
         sample_shape=teacher.sample_shape,
         lora=args.lora_config(),
     )
-    train_student(distiller, Batches(samples, args.train_batch_size, args.seed), args, teacher)
+    train_student(distiller, Batches(samples, args.train_batch_size, args.seed), args)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from diffusers_onestep.arguments import run_script
 from diffusers_onestep.data import Batches
 from diffusers_onestep.distillation import DistanceArguments
 from diffusers_onestep.hooks import train_student
+from diffusers_onestep.methods.pid import default_head
 from diffusers_onestep.presets import PID_PRESETS
 
 
@@ -32,17 +33,18 @@ def main(args: PIDArguments) -> None:
     teacher = args.load_teacher()
     distance = args.model_distance(teacher, args.distance, "distance")  # before prompts are encoded: it may be missing
     samples = args.load_samples(teacher)
+    head = args.head or default_head(teacher.denoiser.prediction_type)
     distiller = PID(
         args.guided(teacher),
         num_points=args.num_points,
         start_ratio=args.start_ratio,
         rule=args.rule,
         distance=distance,
-        head=args.head,
-        student=args.load_student(),
+        head=head,
+        student=args.load_student(head),
         sample_shape=teacher.sample_shape,
     )
-    train_student(distiller, Batches(samples, args.train_batch_size, args.seed), args, teacher)
+    train_student(distiller, Batches(samples, args.train_batch_size, args.seed), args)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def normal(shape: tuple[int, ...], generator: Generators = None, device: torch.d
 def uniform(batch_size: int, generator: Generators = None, device: torch.device | None = None) -> torch.Tensor:
     """`(B,)` draws from [0, 1), from one generator or one per sample."""
     if isinstance(generator, list):
-        return torch.cat([uniform(1, g, device) for g in generator])
+        return torch.cat([torch.rand(1, generator=g, device=g.device) for g in generator]).to(device)
     return torch.rand(batch_size, generator=generator, device=generator.device if generator else device).to(device)
 
 
@@ -56,6 +56,13 @@ def edm_training_level(
     """Timesteps `(B,)` of the noise levels that EDM networks learn at: `ln(sigma) ~ N(-1.2, 1.2**2)`, as ratios `sigma
     / alpha` (Karras et al. 2022, Table 1)."""
     return schedule.timestep(torch.exp(-1.2 + 1.2 * normal((batch_size,), generator, device).double()))
+
+
+def check_start_ratio(schedule: NoiseSchedule, start_ratio: float) -> None:
+    """Raise a `ValueError` for a level `sigma / alpha` that the schedule does not have."""
+    low, high = (schedule.ratio(torch.tensor(float(t))).item() for t in (schedule.t_min, schedule.t_max))
+    if not low < start_ratio <= high * (1 + 1e-6):
+        raise ValueError(f"`start_ratio` must lie between {low:.4g} and {high:.4g}, but is {start_ratio}.")
 
 
 def copy_denoiser(denoiser: Denoiser | GuidedDenoiser, lora: LoraConfig | None = None) -> Denoiser:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
@@ -17,6 +18,7 @@ from ..data import Conditions
 from ..denoiser import Cond, Denoiser, GuidedDenoiser, predict_x0, scale_input
 from ..files import written_beside
 from ..models import shrunk
+from ..network_calls import execution_device
 from ..schedules import EDMSchedule, VPSchedule, karras_sigma
 from .base import Distiller, Generators, Paper, check_same_prediction, normal, uniform
 
@@ -205,6 +207,7 @@ class Reservoir:
         self.row = torch.zeros(slots, dtype=torch.long)
         self.offset = torch.zeros(slots)
         self.cond = cond if hasattr(cond, "batch") else Conditions(cond)
+        self.cursor = 0  # of those who take the slots in turn
 
     def __len__(self) -> int:
         return len(self.r)
@@ -251,7 +254,7 @@ class Reservoir:
         """Write states, times, conditions and offsets as safetensors, beside first, with the settings of the run that
         they were made for."""
         tensors = {"x": self.x, "r": self.r, "row": self.row, "offset": self.offset}
-        about = {"num_timesteps": json.dumps(self.num_timesteps)}
+        about = {"num_timesteps": json.dumps(self.num_timesteps), "cursor": json.dumps(self.cursor)}
         if made_for is not None:
             about["made_for"] = json.dumps(made_for)
         with written_beside(Path(path)) as beside:
@@ -275,6 +278,7 @@ class Reservoir:
         for path in sorted(paths):
             with safe_open(path, "pt") as file:
                 steps, (size, *shape) = json.loads(file.metadata()["num_timesteps"]), file.get_slice("x").get_shape()
+                self.cursor = json.loads(file.metadata().get("cursor", "0"))
             if steps != self.num_timesteps or shape != list(self.x.shape[1:]):
                 raise ValueError(
                     f"`path` {str(path)!r} must hold trajectories of {self.num_timesteps} steps of shape "
@@ -312,8 +316,8 @@ class DKDM(Distiller):
         num_steps (`int`, *optional*): steps of the teacher's chain, see `Chain`.
         clip (`bool`, *optional*): clip the teacher's `x0` while it steps; by default as a `Teacher`'s scheduler does.
         stochastic (`bool`, *optional*): see `Chain`.
-        learned_variance (`bool`, *optional*): both networks have variance channels; by default if the teacher has
-            twice as many channels out as in.
+        learned_variance (`bool`, *optional*): both networks learn their variance channels; by default if the teacher
+            has twice as many channels out as in, is not guided, and the scheme is another than the synthetic one.
         cond (`dict` of tensors or `Samples`, *optional*): rows of conditions, of which every trajectory has one
             (`PromptEmbeddings` of many prompts); by default all labels of a `Teacher`, and for one tenth of the
             trajectories its null label, so that the student can be guided. A student of a guided teacher has the
@@ -348,27 +352,30 @@ class DKDM(Distiller):
         if scheme not in SCHEMES:
             raise ValueError(f"`scheme` must be one of {SCHEMES}, but is {scheme!r}.")
         self.take_teacher(teacher, sample_shape)
-        bare = teacher is self.teacher
+        origin = self.origin if hasattr(self.origin, "scheduler") else None
+        guided = isinstance(self.teacher, GuidedDenoiser)
         if student is None:
             network = shrunk(self.teacher.network, 0.5)
             student = Denoiser(network, self.teacher.schedule, self.teacher.prediction_type)
         check_same_prediction(student, self.teacher)
         channels = [_channels_out(denoiser) for denoiser in (self.teacher, student)]
+        single, double = self.sample_shape[0], 2 * self.sample_shape[0]
         if learned_variance is None:
-            learned_variance = channels[0] == 2 * self.sample_shape[0]
+            learned_variance = channels[0] == double and not guided and scheme != "synthetic"
+        allowed = (double,) if learned_variance else (single, double)  # of a variance that is not learned nobody asks
         for name, count in zip(("teacher", "student"), channels, strict=True):
-            if count is not None and count != (1 + learned_variance) * self.sample_shape[0]:
+            if count is not None and count not in allowed:
                 raise ValueError(
-                    f"`{name}` must have {(1 + learned_variance) * self.sample_shape[0]} channels out with "
-                    f"`learned_variance` {learned_variance}, but has {count}."
+                    f"`{name}` must have {' or '.join(map(str, allowed))} channels out with `learned_variance` "
+                    f"{learned_variance}, but has {count}."
                 )
-        if learned_variance and (isinstance(self.teacher, GuidedDenoiser) or scheme == "synthetic"):
+        if learned_variance and (guided or scheme == "synthetic"):
             raise ValueError(
                 "`learned_variance` must be False with a guided teacher and in the synthetic scheme, which has no "
                 "variance to learn from, but is True."
             )
         self.student, self.scheme = student, scheme
-        settings = {} if bare else teacher.scheduler.config
+        settings = {} if origin is None else origin.scheduler.config
         self.chain = Chain(
             self.teacher,
             num_steps,
@@ -384,8 +391,8 @@ class DKDM(Distiller):
                 f"`reservoir_ratio` is {reservoir_ratio}."
             )
         slots = batch_size * (held if scheme in ("dynamic", "synthetic") else 1)
-        if cond is None and not bare:
-            cond = self._all_conditions(teacher)
+        if cond is None and origin is not None:
+            cond = origin.encode() if guided else self._all_conditions(origin)
         self.reservoir = Reservoir(
             slots,
             self.sample_shape,
@@ -396,7 +403,7 @@ class DKDM(Distiller):
             pin_memory=pin_memory,
         )
         self.prepared = False
-        self._order, self._cursor = None, 0
+        self._order = None
 
     @staticmethod
     def _all_conditions(teacher: Any) -> Cond:
@@ -434,7 +441,7 @@ class DKDM(Distiller):
 
     def advance(self, index, x_t, place, cond, generator: Generators = None):
         """One teacher step of the slots `index`; returns the teacher's output and what it was computed at."""
-        device = next(self.teacher.network.parameters()).device
+        device = execution_device(self.teacher.network)
         x_t, place = x_t.to(device), place.to(device)
         offset = self.reservoir.offset[index].to(device)
         cond = {k: v.to(device) for k, v in cond.items()}
@@ -447,7 +454,7 @@ class DKDM(Distiller):
     def updates(self, batch, generator=None):
         size = batch["batch_size"]
         if not self.prepared:
-            self.prepare()
+            self.prepare(seed=PartialState().process_index)
         if self.scheme == "synthetic":
             yield "student", self.synthetic_loss(size, generator)
             return
@@ -471,12 +478,12 @@ class DKDM(Distiller):
             chooser = shared or (generator[0] if isinstance(generator, list) else generator)
             order = torch.randperm(held, generator=chooser)
             if shared is None or self._order is None or not torch.equal(order, self._order):
-                self._order, self._cursor = order, 0
+                self._order, self.reservoir.cursor = order, 0
             order = self._order
         else:
             order = torch.arange(held)
-        places = (self._cursor + torch.arange(size)) % held
-        self._cursor = (self._cursor + size) % held
+        places = (self.reservoir.cursor + torch.arange(size)) % held
+        self.reservoir.cursor = (self.reservoir.cursor + size) % held
         return order[places]
 
     def synthetic_loss(self, size: int, generator: Generators = None) -> torch.Tensor:

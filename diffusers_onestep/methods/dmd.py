@@ -31,7 +31,7 @@ def distribution_matching_loss(x0: torch.Tensor, teacher_x0: torch.Tensor, fake_
         x0, teacher_x0, fake_x0 (`torch.Tensor`): `(B, ...)`: student's sample and its two denoisings at one `(x_t,
             t)`.
 
-    Source: Yin et al. 2024 (DMD), Eqs. 7 and 8 and Algorithm 2, whose weight lacks Eq. 8's `1 / alpha`.
+    Source: Yin et al. 2024 (DMD), Eqs. 7 and 8 and Algorithm 2, which lacks their factor `alpha`.
     """
     dtype = torch.promote_types(x0.dtype, torch.float32)
     with torch.no_grad():

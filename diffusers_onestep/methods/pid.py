@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..denoiser import Cond, Denoiser, end_of_trajectory, ode_time, predict_x0, scale_input, trajectory
 from ..schedules import FlowSchedule, VPSchedule, karras_sigma
-from .base import OneStepDistiller, Paper, check_same_prediction, copy_denoiser, normal, uniform
+from .base import OneStepDistiller, Paper, check_same_prediction, check_start_ratio, copy_denoiser, normal, uniform
 from .distances import DISTANCES, Distance, image_distance
 
 __all__ = ["PID", "residual", "time_grid", "trajectory"]
@@ -42,6 +42,11 @@ def central_residual(f_t, f_a, f_b, t, a, b, t_max) -> torch.Tensor:
     """`A` with the derivative from `a` to `b`, on both sides of `t`: second order in the step."""
     slope = ((1 - a / t_max) * f_a - (1 - b / t_max) * f_b) / (a - b)
     return (1 - t / t_max) * f_t - t * slope
+
+
+def default_head(prediction_type: str) -> str:
+    """`"teacher"` where reading the network as the teacher multiplies nothing, `"network"` elsewhere."""
+    return "teacher" if prediction_type in ("v_prediction", "flow_prediction") else "network"
 
 
 class PID(OneStepDistiller):
@@ -102,7 +107,7 @@ class PID(OneStepDistiller):
             raise ValueError(f"`distance` must be one of {sorted(DISTANCES)}, but is {distance!r}.")
         self._distance = distance
         own = self.teacher.prediction_type
-        self.head = head or ("teacher" if own in ("v_prediction", "flow_prediction") else "network")
+        self.head = head or default_head(own)
         self.prediction_type = own if self.head == "teacher" else "sample"
         self.timesteps = self._timesteps(num_points, start_ratio)
         u, scale = ode_time(self.teacher.schedule, self.timesteps)
@@ -120,8 +125,8 @@ class PID(OneStepDistiller):
             s = torch.linspace(1, 1 / schedule.num_train_timesteps, n, dtype=torch.float64)
             return schedule.t_max * schedule.shift * s / (1 + (schedule.shift - 1) * s)
         low, high = (schedule.ratio(torch.tensor(float(t))).item() for t in (schedule.t_min, schedule.t_max))
-        if start_ratio is not None and not low < start_ratio <= high * (1 + 1e-6):
-            raise ValueError(f"`start_ratio` must lie between {low:.4g} and {high:.4g}, but is {start_ratio}.")
+        if start_ratio is not None:
+            check_start_ratio(schedule, start_ratio)
         timesteps = schedule.timestep(time_grid(n, low, start_ratio or min(high, 80.0)))
         if isinstance(schedule, VPSchedule):
             timesteps = timesteps.unique().flip(0)
@@ -152,6 +157,11 @@ class PID(OneStepDistiller):
     # the algorithm box
 
     def updates(self, batch, generator=None):
+        if self.student.autocast_dtype is not None and "Flux" in type(self.student.network).__name__:
+            raise ValueError(
+                "`mixed_precision` must be 'no' for PID on FLUX, whose network rounds its times to the lower "
+                "precision and so takes neighbours on the grid for one, but is on."
+            )
         device = next(self.student.network.parameters()).device
         noise = normal((batch["batch_size"], *self.sample_shape), generator, device)
         index = (uniform(batch["batch_size"], generator, device) * len(self.timesteps)).long()

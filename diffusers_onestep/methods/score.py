@@ -14,12 +14,14 @@ from torch import nn
 
 from ..denoiser import Cond, Denoiser, GuidedDenoiser
 from ..lora import trained_part
+from ..models import has_train_mode
 from ..schedules import EDMSchedule, VPSchedule
 from .base import (
     Batch,
     Generators,
     OneStepDistiller,
     check_same_prediction,
+    check_start_ratio,
     copy_denoiser,
     normal,
     uniform,
@@ -82,8 +84,8 @@ class ScoreDistiller(OneStepDistiller):
         self.fake_score = copy_denoiser(self.teacher, lora)
         self.fake_score_updates = fake_score_updates
         schedule = self.teacher.schedule
-        if start_ratio is not None and start_ratio <= 0:
-            raise ValueError(f"`start_ratio` must be positive, but is {start_ratio}.")
+        if start_ratio is not None and student_timesteps is None:
+            check_start_ratio(schedule, start_ratio)
         if student_timesteps is None:
             t_start = schedule.t_max if start_ratio is None else schedule.timestep(start_ratio).item()
             student_timesteps = [t_start]
@@ -147,10 +149,14 @@ class ScoreDistiller(OneStepDistiller):
             for weight in weights:
                 weight.requires_grad_(other == name)
         for other, network in (("student", self.student.network), ("fake_score", self.fake_score.network)):
-            has_dropout = getattr(network, "config", {}).get("dropout") != 0.0
-            mode = self.dropout and has_dropout and other == name
+            mode = self.dropout and self._has_train_mode[other] and other == name
             if network.training != mode:  # a walk through its modules
                 network.train(mode)
+
+    @cached_property
+    def _has_train_mode(self) -> dict[str, bool]:
+        """Found once: of which networks does train mode change anything?"""
+        return {n: has_train_mode(d.network) for n, d in (("student", self.student), ("fake_score", self.fake_score))}
 
     @cached_property
     def _weights(self) -> dict[str, list[nn.Parameter]]:
@@ -199,7 +205,11 @@ class ScoreDistiller(OneStepDistiller):
         noise = normal(x0.shape, generator, x0.device)
         x_t = self.fake_score.add_noise(x0, noise, t)
         fake_x0 = self.guided_fake_score(self.fake_guidance[0])(x_t, t, batch.get("cond"))
-        loss = self.reduce(self.fake_score_weight(t) * (fake_x0 - x0) ** 2)
+        error = self.fake_score_weight(t) * (fake_x0 - x0) ** 2
+        if self.sanitize_gradients:  # drops what overflowed instead of stopping
+            finite = error.flatten(1).isfinite().all(1).reshape(-1, 1, 1, 1)
+            error = torch.where(finite, error, 0.0)
+        loss = self.reduce(error)
         if self.gan_weight:
             if "x0" not in batch:
                 raise ValueError(f"`gan_weight` needs batches with real images 'x0', but these have {sorted(batch)}.")

@@ -10,7 +10,7 @@ from torch import nn
 
 from .prompted_unet import PromptedUNet
 from .unet_edm import EDMUNet2DModel
-from .unet_edm2 import EDM2UNet2DModel
+from .unet_edm2 import EDM2UNet2DModel, MPConv
 from .unet_space_to_depth import SpaceToDepthUNet2DModel
 
 __all__ = [
@@ -18,6 +18,8 @@ __all__ = [
     "EDMUNet2DModel",
     "PromptedUNet",
     "SpaceToDepthUNet2DModel",
+    "cast",
+    "has_train_mode",
     "network_from_config",
     "set_dropout",
     "shrunk",
@@ -40,6 +42,21 @@ def network_from_config(config: dict[str, Any]) -> ModelMixin:
         raise ValueError(f"`_class_name` of the student's config must be a model of diffusers, but is {name!r}.")
     # diffusers would ignore the values that it marks as defaults, changed or not
     return cls.from_config({key: value for key, value in config.items() if key != "_use_default_values"})
+
+
+def cast(network: nn.Module, dtype: torch.dtype) -> None:
+    """The weights of a network in another dtype, but for the parts that it names to be kept in float32, as diffusers
+    loads them."""
+    kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if tensor.is_floating_point() and not kept & set(name.split(".")):
+            tensor.data = tensor.data.to(dtype)
+
+
+def has_train_mode(network: nn.Module) -> bool:
+    """Whether train mode changes a network: by dropout, its own or an adapter's, or by normalising its weights."""
+    own = getattr(network, "config", {}).get("dropout") != 0.0
+    return own or any(isinstance(m, MPConv) or (isinstance(m, nn.Dropout) and m.p > 0) for m in network.modules())
 
 
 def set_dropout(network: nn.Module, probability: float) -> None:

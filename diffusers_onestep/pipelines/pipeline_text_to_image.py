@@ -37,6 +37,9 @@ class OneStepTextToImageMixin:
     _stock: type[DiffusionPipeline]
     _guidance_argument = "guidance_scale"  # of classifier-free guidance
     _scales_noise = True  # does the stock pipeline multiply the noise by the scheduler's `init_noise_sigma`?
+    _binned_sizes: tuple[
+        int, ...
+    ] = ()  # sides of latents with a table of sizes, to which a call's is taken by default
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -71,6 +74,8 @@ class OneStepTextToImageMixin:
 
     def check_student_inputs(self, given: dict[str, Any]) -> None:
         """Fill in the student's own values in the arguments of a call, and refuse others."""
+        if self._binned_sizes and self.transformer.config.sample_size not in self._binned_sizes:
+            given.setdefault("use_resolution_binning", False)  # the stock call would raise
         if self.student_steps is None:
             self._check_several_steps(given)
             return
@@ -169,14 +174,19 @@ class OneStepStableDiffusion3Pipeline(OneStepTextToImageMixin, StableDiffusion3P
 class OneStepPixArtAlphaPipeline(OneStepTextToImageMixin, PixArtAlphaPipeline):
     """Students of PixArt-alpha."""
 
+    _binned_sizes = (32, 64, 128)
+
 
 class OneStepPixArtSigmaPipeline(OneStepTextToImageMixin, PixArtSigmaPipeline):
     """Students of PixArt-sigma."""
+
+    _binned_sizes = (32, 64, 128, 256)
 
 
 class OneStepSanaPipeline(OneStepTextToImageMixin, SanaPipeline):
     """Students of SANA."""
 
+    _binned_sizes = (16, 32, 64, 128)
     _scales_noise = False
 
     def check_student_inputs(self, given):

@@ -67,6 +67,8 @@ def solver_for(name: str, teacher_scheduler: SchedulerMixin, **settings: Any) ->
     if config.get("preconditioning", "edm") != "edm":
         raise ValueError(f"`preconditioning` must be 'edm' for these solvers, but is {config.preconditioning!r}.")
     solver, defaults = SOLVERS[name]
+    if name == "ddim":  # which clips unless it is told not to; of other kinds of schedulers none does
+        defaults = {"clip_sample": bool(config.get("clip_sample", False))} | defaults
     if flow:
         defaults = {"use_flow_sigmas": True, "flow_shift": schedule.shift}
         defaults["prediction_type"] = config.get("prediction_type", "flow_prediction")
