@@ -166,7 +166,8 @@ class TrainArguments(HubArguments):
             )
 
     def accelerator(self, **settings: Any) -> Accelerator:
-        """The run's, whose ranks wait for hours where one of them samples or prepares alone."""
+        """The run's, whose ranks wait for hours where one of them samples or prepares alone (unless an earlier
+        `Accelerator` has made the process group)."""
         patient = InitProcessGroupKwargs(timeout=timedelta(hours=12))
         return Accelerator(mixed_precision=self.mixed_precision, kwargs_handlers=[patient], **settings)
 

@@ -16,8 +16,6 @@ from .files import read_json, write_json
 logger = logging.get_logger(__name__)
 
 PAIRS_RECORD = "pairs.json"  # how a folder of pairs was made
-
-
 CAPTION_COLUMNS = ("text", "caption", "prompt")  # the usual names, in this order
 
 

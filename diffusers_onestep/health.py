@@ -16,6 +16,7 @@ from .arguments import TrainArguments
 from .denoiser import Cond
 from .features import FashionCNN, load_extractor
 from .metrics import diversity, frechet_distance_of_moments, moments, square_root
+from .network_calls import execution_device
 from .pictures import picture
 from .reference import Reference
 from .reports import save_figure
@@ -77,7 +78,7 @@ class Watch:
             self.reference = Reference.load(args.validation_reference, self.extractor)
 
     def __call__(self, student: Images) -> dict[str, float]:
-        self.extractor.to(next(self.teacher.denoiser.network.parameters()).device)  # which training moves
+        self.extractor.to(execution_device(self.teacher.denoiser.network))  # training moves it
         if not hasattr(self, "teacher_diversity"):
             self._sample_teacher()
         features, saturation = self._features(student, len(self.noise))

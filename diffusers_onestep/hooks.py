@@ -13,6 +13,7 @@ from .health import Images, Watch
 from .lora import is_adapted, merged, save_lora_weights
 from .methods.base import Distiller, OneStepDistiller
 from .methods.dkdm import DKDM
+from .models import without_variance
 from .pictures import picture
 from .reports import comparison_grid
 from .repository import write_repository
@@ -97,7 +98,8 @@ def compression_hooks(
     student = distiller.student
 
     def pipeline() -> DiffusionPipeline:
-        return teacher.compressed_pipeline(student.network)
+        learned = distiller.chain.learned_variance
+        return teacher.compressed_pipeline(student.network if learned else without_variance(student.network))
 
     def run(noise, cond, generator):
         return sample(student, teacher.reference_scheduler, noise, cond, num_inference_steps=num_inference_steps)

@@ -26,6 +26,7 @@ from .repository import ASSETS, resolve_model
 logger = logging.get_logger(__name__)
 
 TEMPLATE = ASSETS / "template.md"
+_PICTURES = ("samples.png", "quality.png", "health.png")  # that scripts draw
 _ENDING = re.compile(r"<!-- made by diffusers_onestep: ([0-9a-f]{16})[^>]*-->\s*$")
 _NO_SAFETENSORS = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5", ".onnx"}
 _RESTRICTIONS = {
@@ -157,7 +158,7 @@ def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str
         "one_dtype": ", dtype=torch.float32" if prompts else "",
         "lora": prompts and teacher is not None and (folder / LORA_WEIGHTS).is_file(),  # others load no adapters
         "guidance_scale": guidance,
-        "stock_guidance": _stock_guidance(index, tables, 1.0 if kind == "student" else guidance),
+        "stock_guidance": _stock_guidance(index, scheduler, 1.0 if kind == "student" else guidance),
         "teacher": teacher,
         "teacher_source": _arguments(teacher or "its teacher", run.get("revision"), stock=True),
         "teacher_shipped": teacher is not None and _is_shipped(teacher),
@@ -186,11 +187,13 @@ def _arguments(name: str, revision: str | None, stock: bool = False) -> str:
     return source if revision is None else f"{source}, revision={json.dumps(revision)}"
 
 
-def _stock_guidance(index: dict[str, Any], tables: dict[int, dict], guidance_scale: float) -> str:
+def _stock_guidance(index: dict[str, Any], scheduler: dict[str, Any], guidance_scale: float) -> str:
     """The arguments of a stock call; FLUX's `guidance_scale` is what its guidance embedding is fed."""
-    embedded = next((t["embedded_guidance"] for t in tables.values() if t.get("embedded_guidance")), None)
-    embedded = index.get("embedded_guidance") or embedded
-    if embedded is None or index.get("_class_name", "FluxPipeline") != "FluxPipeline":
+    embedded = index.get("embedded_guidance")
+    if scheduler.get("use_flow_sigmas") and index.get("_class_name", "FluxPipeline") == "FluxPipeline":
+        tables = (scheduler.get("dode_tables") or {}).values()
+        embedded = next((t["embedded_guidance"] for t in tables if t.get("embedded_guidance")), embedded)
+    if embedded is None:
         return f"guidance_scale={guidance_scale}"
     guided = "" if guidance_scale == 1.0 else f', true_cfg_scale={guidance_scale}, negative_prompt=""'
     return f"guidance_scale={embedded}{guided}"
@@ -393,7 +396,7 @@ def push_student(
             repo_id=name,
             folder_path=folder,
             allow_patterns=[glob.escape(file) for file in files],
-            delete_patterns=[*(f"{part}/*" for part in parts), "metrics.json", "*.png", LORA_WEIGHTS],
+            delete_patterns=[*(f"{part}/*" for part in parts), "metrics.json", *_PICTURES, LORA_WEIGHTS],
             revision=revision,
             create_pr=create_pr,
             commit_message=f"{folder.resolve().name}, pushed by diffusers_onestep",

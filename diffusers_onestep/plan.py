@@ -160,8 +160,13 @@ def plan(args: PlanArguments) -> Plan:
     def config(part: str, reader: Any = UNet2DModel) -> dict:  # any model reads the config of any other
         try:
             return reader.load_config(path, subfolder=part, revision=args.revision)
-        except OSError:  # old repositories have all at their root
-            return reader.load_config(path, revision=args.revision)
+        except OSError as error:
+            if part == "vae":
+                raise
+            try:  # old repositories of pixel models have all at their root
+                return reader.load_config(path, revision=args.revision)
+            except OSError:
+                raise error from None
 
     network = config(name)
     scheduler_class = getattr(schedulers, index["scheduler"][1], None) or getattr(diffusers, index["scheduler"][1])

@@ -280,10 +280,15 @@ class Teacher:
         return OneStepPipeline(network, scheduler, None if known else self.id2label)
 
     def compressed_pipeline(self, network: nn.Module) -> DiffusionPipeline:
-        """The pipeline of another network for the same many steps: this teacher's scheduler and labels."""
+        """The pipeline of another network for the same many steps: this teacher's scheduler and labels. Of a network
+        without the channels of a learned variance the scheduler expects none."""
+        scheduler, config = self.scheduler, network.config
+        learned = str(scheduler.config.get("variance_type")).startswith("learned")
+        if learned and config.get("out_channels") == config.get("in_channels"):
+            scheduler = type(scheduler).from_config(scheduler.config, variance_type="fixed_small")
         if self.takes_prompts:
-            return self._with(network, self.scheduler)
-        return OneStepPipeline(network, self.scheduler, self.id2label)
+            return self._with(network, scheduler)
+        return OneStepPipeline(network, scheduler, self.id2label)
 
     def _with(self, network: nn.Module, scheduler: SchedulerMixin) -> DiffusionPipeline:
         from .pipelines import pipeline_text_to_image

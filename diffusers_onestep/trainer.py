@@ -59,7 +59,7 @@ from .trackers import finish_trackers, log_picture, start_trackers
 logger = get_logger(__name__)
 
 DIVERGED = 1000  # beyond the number of any signal
-ECHO_SECONDS = 2.0
+ECHO_SECONDS = 2.0  # within which a launcher passes a signal on
 
 _STATE = ("step", "images_seen", "train_seconds", "best_distance")  # what trainer_state.json holds, with the schedules
 
@@ -242,8 +242,8 @@ class Trainer:
         elif args.resume_from_checkpoint:
             accelerator.print(f"No checkpoint in {self.output_dir}: starting from the beginning.")
         if accelerator.is_main_process:
-            for folder in (self.output_dir, self.output_dir / "best"):
-                if checkpoint is None:
+            if checkpoint is None:
+                for folder in (self.output_dir, self.output_dir / "best"):
                     put_aside_old_numbers(folder)
             for later in checkpoints(self.output_dir):
                 if int(later.name[5:]) > self.step:

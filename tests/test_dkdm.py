@@ -24,6 +24,8 @@ from diffusers_onestep import (
     train,
 )
 from diffusers_onestep.arguments import TrainArguments
+from diffusers_onestep.data import Batches, Conditions
+from diffusers_onestep.hooks import compression_hooks
 from diffusers_onestep.methods.dkdm import Chain, Reservoir, dkdm_loss, gaussian_kl
 from diffusers_onestep.models import network_from_config, shrunk
 
@@ -449,6 +451,23 @@ def test_a_variance_that_nobody_can_learn_is_left_out(case):
     loss.backward()
     mean, variance = distiller.student.network.conv_out.weight.grad
     assert mean.abs().sum() > 0 and variance.abs().sum() == 0
+
+
+def test_a_student_of_a_guided_teacher_with_learned_variance_samples_as_an_ordinary_model(tmp_path):
+    config = dict(tiny_unet(classes=3).config) | {"out_channels": 2}
+    scheduler = DDPMScheduler(variance_type="learned_range")
+    teacher = Teacher(ConsistencyModelPipeline(UNet2DModel(**config).eval(), scheduler), {0: "a", 1: "b"})
+    distiller = DKDM(teacher.guided(2.0), batch_size=2, num_steps=4)
+    args = TrainArguments(str(tmp_path), max_train_steps=1, train_batch_size=2)
+    save, _ = compression_hooks(distiller, args)
+    train(distiller, Batches(Conditions(), 2), args, save=save)
+    saved = OneStepPipeline.from_pretrained(tmp_path)
+    assert saved.unet.config.out_channels == 1 and saved.scheduler.config.variance_type == "fixed_small"
+    saved.scheduler.set_timesteps(10)
+    for t in saved.scheduler.timesteps[:2]:  # noisy steps of the stock scheduler
+        x_t = torch.randn(1, 1, 16, 16)
+        x = saved.scheduler.step(saved.unet(x_t, t, torch.tensor([0])).sample, t, x_t)
+        assert x.prev_sample.isfinite().all()
 
 
 def test_a_guided_teacher_keeps_its_schedulers_settings_and_labels():

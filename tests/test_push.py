@@ -117,12 +117,15 @@ def test_files_of_an_earlier_student_do_not_stay(hub, folder):
     push_student(folder, "student")
     repository = hub.repositories["user/student"]
     files = repository.files() | {"unet/old-00001-of-00002.safetensors": b"", "notes/mine.txt": b"kept"}
-    repository.commit("main", files | {"quality.png": b"of the old one"}, "by hand")
+    files |= {"quality.png": b"of the old one", "notes/mine.png": b"kept"}
+    repository.commit("main", files, "by hand")
     (folder / "metrics.json").unlink()
     push_student(folder, "student")
     gone = {"unet/old-00001-of-00002.safetensors", "quality.png", "metrics.json"}
     assert not gone & repository.files().keys() and "samples.png" in repository.files()
-    assert repository.files()["notes/mine.txt"] == b"kept" and set(repository.files()) >= STUDENT
+    assert {repository.files()[f"notes/mine.{kind}"] for kind in ("txt", "png")} == {b"kept"} and set(
+        repository.files()
+    ) >= STUDENT
 
 
 def test_branch_and_pull_request(hub, folder):

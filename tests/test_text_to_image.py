@@ -139,7 +139,7 @@ def test_every_method_trains_every_family(folders, tmp_path, family, method):
         stock(PROMPTS[0], generator=seeded(), output_type="np", **plain, **size(family)).images, image
     )
     if family == "flux":
-        assert f"guidance_scale={3.5}" in (tmp_path / "README.md").read_text()
+        assert "guidance_scale=3.5" in (tmp_path / "README.md").read_text()
     own = index["scheduler"][0] == "diffusers_onestep"
     assert own == (method in ("sida", "sid", "pid") or (method == "dmd" and family in ("sd3", "flux", "sana")))
 

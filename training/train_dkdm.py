@@ -40,7 +40,8 @@ class DKDMArguments(TeacherArguments):
     clip: bool | None = field(default=None, metadata={"help": "Clip the teacher's x0; default: its scheduler's."})
     deterministic: bool = field(default=False, metadata={"help": "Step the teacher by its ODE."})
     learned_variance: bool | None = field(
-        default=None, metadata={"help": "Whether the student learns the variance; default: if the teacher has."}
+        default=None,
+        metadata={"help": "Whether the student learns the variance; default: if the teacher has one and no guidance."},
     )
     reservoir_dtype: str = field(default="float32", metadata={"help": "How samples are kept: float32 or float16."})
     pin_memory: bool = field(default=False, metadata={"help": "Keep the reservoir in page-locked memory."})

@@ -160,7 +160,8 @@ class PID(OneStepDistiller):
         if self.student.autocast_dtype is not None and "Flux" in type(self.student.network).__name__:
             raise ValueError(
                 "`mixed_precision` must be 'no' for PID on FLUX, whose network rounds its times to the lower "
-                "precision and so takes neighbours on the grid for one, but is on."
+                "precision and so takes neighbours on the grid for one, but is "
+                f"{self.student.autocast_dtype}."
             )
         device = next(self.student.network.parameters()).device
         noise = normal((batch["batch_size"], *self.sample_shape), generator, device)

@@ -205,11 +205,11 @@ class ScoreDistiller(OneStepDistiller):
         noise = normal(x0.shape, generator, x0.device)
         x_t = self.fake_score.add_noise(x0, noise, t)
         fake_x0 = self.guided_fake_score(self.fake_guidance[0])(x_t, t, batch.get("cond"))
-        error = self.fake_score_weight(t) * (fake_x0 - x0) ** 2
-        if self.sanitize_gradients:  # drops what overflowed instead of stopping
-            finite = error.flatten(1).isfinite().all(1).reshape(-1, 1, 1, 1)
-            error = torch.where(finite, error, 0.0)
-        loss = self.reduce(error)
+        target = x0
+        if self.sanitize_gradients:  # what overflowed is dropped, the divisor stays
+            finite = (fake_x0.isfinite() & x0.isfinite()).flatten(1).all(1).reshape(-1, 1, 1, 1)
+            fake_x0, target = (torch.where(finite, v, 0.0) for v in (fake_x0, x0))
+        loss = self.reduce(self.fake_score_weight(t) * (fake_x0 - target) ** 2)
         if self.gan_weight:
             if "x0" not in batch:
                 raise ValueError(f"`gan_weight` needs batches with real images 'x0', but these have {sorted(batch)}.")

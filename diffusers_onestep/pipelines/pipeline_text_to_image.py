@@ -37,9 +37,8 @@ class OneStepTextToImageMixin:
     _stock: type[DiffusionPipeline]
     _guidance_argument = "guidance_scale"  # of classifier-free guidance
     _scales_noise = True  # does the stock pipeline multiply the noise by the scheduler's `init_noise_sigma`?
-    _binned_sizes: tuple[
-        int, ...
-    ] = ()  # sides of latents with a table of sizes, to which a call's is taken by default
+    # sides of latents that the stock pipeline has a table of sizes for, to one of which it takes a call's
+    _binned_sizes: tuple[int, ...] = ()
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
