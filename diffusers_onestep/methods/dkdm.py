@@ -254,7 +254,8 @@ class Reservoir:
         """Write states, times, conditions and offsets as safetensors, beside first, with the settings of the run that
         they were made for."""
         tensors = {"x": self.x, "r": self.r, "row": self.row, "offset": self.offset}
-        about = {"num_timesteps": json.dumps(self.num_timesteps), "cursor": json.dumps(self.cursor)}
+        tensors["cursor"] = torch.tensor(self.cursor)
+        about = {"num_timesteps": json.dumps(self.num_timesteps)}
         if made_for is not None:
             about["made_for"] = json.dumps(made_for)
         with written_beside(Path(path)) as beside:
@@ -278,7 +279,7 @@ class Reservoir:
         for path in sorted(paths):
             with safe_open(path, "pt") as file:
                 steps, (size, *shape) = json.loads(file.metadata()["num_timesteps"]), file.get_slice("x").get_shape()
-                self.cursor = json.loads(file.metadata().get("cursor", "0"))
+                self.cursor = file.get_tensor("cursor").item()
             if steps != self.num_timesteps or shape != list(self.x.shape[1:]):
                 raise ValueError(
                     f"`path` {str(path)!r} must hold trajectories of {self.num_timesteps} steps of shape "
