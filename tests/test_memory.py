@@ -3,11 +3,13 @@
 import os
 import platform
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import cpu_offload_with_hook
 from conftest import run, tiny_unet
+from diffusers import DDIMScheduler
 from peft import LoraConfig
 from torch import nn
 
@@ -16,6 +18,7 @@ from diffusers_onestep.arguments import TrainArguments
 from diffusers_onestep.data import Batches, Conditions
 from diffusers_onestep.methods.pretrain import Pretraining
 from diffusers_onestep.network_calls import execution_device
+from diffusers_onestep.sampling import sample
 from diffusers_onestep.trainer import Trainer, average_gradients
 
 VP = VPSchedule(torch.linspace(0.9999, 0.01, 1000))
@@ -61,6 +64,13 @@ def test_an_offloaded_teacher_is_sampled_where_its_hook_takes_it_and_put_away_ag
     assert execution_device(network).type == "cpu"
     cpu_offload_with_hook(network, torch.device("meta"))
     assert execution_device(network).type == "meta" and next(network.parameters()).device.type == "cpu"
+
+    def call_network(x, t, cond):
+        raise InterruptedError(f"called on {x.device}")
+
+    with pytest.raises(InterruptedError, match="called on meta"):
+        called = SimpleNamespace(network=network, call_network=call_network)
+        sample(called, DDIMScheduler(), torch.randn(1, 1, 16, 16), num_inference_steps=2)
 
     trainer = Trainer(DMD(teacher()), arguments(tmp_path, offload_teacher=True))
     seen = []

@@ -93,7 +93,6 @@ def main(args: DKDMArguments) -> None:
         cond=trajectory_conditions(teacher, samples, args.guidance_scale),
         dtype=getattr(torch, args.reservoir_dtype),
         pin_memory=args.pin_memory,
-        sample_shape=teacher.sample_shape,
     )
     save, validate = compression_hooks(distiller, args, args.validation_inference_steps, samples)
     if not args.dry_run and checkpoint is None:  # the first update prepares it, or `train` reads it

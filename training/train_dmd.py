@@ -70,7 +70,6 @@ def main(args: DMDArguments) -> None:
         fake_score_updates=args.fake_score_updates,
         student=args.load_student(),
         student_timesteps=args.student_timesteps,
-        sample_shape=teacher.sample_shape,
         lora=args.lora_config(),
     )
     train_student(distiller, Batches(samples, args.train_batch_size, args.seed), args)

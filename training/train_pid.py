@@ -42,7 +42,6 @@ def main(args: PIDArguments) -> None:
         distance=distance,
         head=head,
         student=args.load_student(head),
-        sample_shape=teacher.sample_shape,
     )
     train_student(distiller, Batches(samples, args.train_batch_size, args.seed), args)
 
