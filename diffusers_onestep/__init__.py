@@ -43,7 +43,8 @@ _PUBLIC = {
     "repository": ["shipped_model"],
     "evaluation": ["evaluate"],
     "reports": ["Metrics"],
-    "hub": ["create_model_card", "push_student"],
+    "cards": ["create_model_card"],
+    "hub": ["push_student"],
     "conversion": ["convert"],
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
@@ -74,10 +75,11 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from .cards import create_model_card
     from .conversion import convert
     from .denoiser import Denoiser, GuidedDenoiser
     from .evaluation import evaluate
-    from .hub import create_model_card, push_student
+    from .hub import push_student
     from .methods.dkdm import DKDM
     from .methods.dmd import DMD
     from .methods.dode import DODEReport, fit_d_ode

@@ -166,15 +166,19 @@ class TrainArguments(HubArguments):
             )
 
     def accelerator(self, **settings: Any) -> Accelerator:
-        """The run's, whose ranks wait for hours where one of them samples or prepares alone (unless an earlier
-        `Accelerator` has made the process group)."""
-        patient = InitProcessGroupKwargs(timeout=timedelta(hours=12))
-        return Accelerator(mixed_precision=self.mixed_precision, kwargs_handlers=[patient], **settings)
+        """The run's; see `patient_accelerator`."""
+        return patient_accelerator(mixed_precision=self.mixed_precision, **settings)
 
     @property
     def trackers(self) -> list[str]:
         """The names in `report_to`."""
         return [name.strip() for name in (self.report_to or "").split(",") if name.strip()]
+
+
+def patient_accelerator(**settings: Any) -> Accelerator:
+    """An `Accelerator` whose ranks wait for hours where one of them samples or prepares alone (unless an earlier one
+    has made the process group)."""
+    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))], **settings)
 
 
 def parse_args(

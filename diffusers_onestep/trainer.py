@@ -35,10 +35,10 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from .arguments import DTYPES, TrainArguments
+from .cards import create_model_card
 from .ema import HalfLifeEMA
 from .files import write_json
 from .health import Health, draw_health
-from .hub import create_model_card
 from .lora import is_adapted, leave_dtypes_to_autocast
 from .methods.base import Batch, Distiller, sample_generators
 from .models import cast

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import PartialState
 from conftest import ROOT, tiny_unet, training_module
 from diffusers import ConsistencyModelPipeline, DDPMScheduler
 from huggingface_hub import ModelCard
@@ -17,11 +18,17 @@ from test_dkdm import DIT
 
 from diffusers_onestep import DMD, GuidedDenoiser, OneStepPipeline, Teacher, create_model_card, train
 from diffusers_onestep.arguments import TrainArguments, parse_args
+from diffusers_onestep.cards import TEMPLATE
 from diffusers_onestep.data import Batches, Conditions
 from diffusers_onestep.distillation import DistillationArguments
 from diffusers_onestep.hooks import student_hooks
-from diffusers_onestep.hub import TEMPLATE
-from diffusers_onestep.records import command_line, without_secret_settings, without_secret_words, without_secrets
+from diffusers_onestep.records import (
+    command_line,
+    provenance,
+    without_secret_settings,
+    without_secret_words,
+    without_secrets,
+)
 from diffusers_onestep.repository import shipped_names
 from diffusers_onestep.run_folder import put_aside_old_numbers
 
@@ -58,6 +65,23 @@ def student(licensed, tmp_path_factory):
 @pytest.fixture
 def folder(student, tmp_path):
     return shutil.copytree(student, tmp_path / "student")
+
+
+def test_the_gpu_is_named(monkeypatch):
+    PartialState()  # of the machine as it is
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert provenance("command")["hardware"].endswith(", NVIDIA H100 80GB HBM3")
+
+
+def test_cards_that_are_not_ours_stay(folder, caplog):
+    for converted, words in ((False, "edited by hand"), (True, "where the converted weights are from")):
+        if converted:
+            (folder / "conversion.json").write_text("{}")
+        caplog.clear()
+        (folder / "README.md").write_text("Of somebody else.\n")
+        create_model_card(folder)
+        assert (folder / "README.md").read_text() == "Of somebody else.\n" and words in caplog.text
 
 
 def test_a_training_run_leaves_a_card_that_runs(student, licensed, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from accelerate import PartialState
 from analytic import GaussianNetwork, gaussian_denoiser
 from conftest import run, run_script, script, tiny_unet
 from diffusers import ConsistencyModelPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
@@ -193,6 +194,16 @@ def test_i7_iterative_and_shuffled():
     assert torch.equal(shuffled.reservoir.r, torch.where(before == 0, 199, before - 1))
 
 
+def test_every_rank_prepares_a_reservoir_of_its_own(monkeypatch):
+    states = []
+    for rank in (0, 1, 1):
+        monkeypatch.setattr(PartialState(), "process_index", rank)
+        distiller = toy(scheme="shuffled", batch_size=8)
+        next(distiller.updates({"batch_size": 8}, torch.Generator().manual_seed(0)))
+        states.append(distiller.reservoir.x)
+    assert not torch.equal(states[0], states[1]) and torch.equal(states[1], states[2])
+
+
 def test_i7_dynamic_batches_are_nearly_independent():
     distiller, generator = toy(batch_size=8, reservoir_ratio=0.025), torch.Generator().manual_seed(0)
     assert len(distiller.reservoir) == 40
@@ -372,7 +383,7 @@ def test_states_that_are_not_finite_are_never_written_back():
     index, x, _, _ = reservoir.take(torch.arange(3), torch.Generator().manual_seed(0))
     x[1] = math.nan
     reservoir.write(index, x)
-    assert reservoir.r.tolist() == [3, 0, 3] and reservoir.x.isfinite().all()
+    assert reservoir.r.tolist() == [3, -1, 3] and reservoir.x.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -527,7 +538,7 @@ def test_an_overflowing_teacher_teaches_nothing_and_stops_nothing(learned_varian
     ((_, loss),) = distiller.updates({"batch_size": 8}, torch.Generator().manual_seed(0))
     loss.backward()
     assert loss.item() == 0 and all(not p.grad.any() for p in student.network.parameters() if p.grad is not None)
-    assert distiller.reservoir.x.isfinite().all() and (distiller.reservoir.r == 0).sum() == 8
+    assert distiller.reservoir.x.isfinite().all() and (distiller.reservoir.r == -1).sum() == 8
 
 
 def test_half_precision_overflow_is_not_stored():
@@ -535,7 +546,29 @@ def test_half_precision_overflow_is_not_stored():
     index, x, _, _ = reservoir.take(torch.arange(2), torch.Generator().manual_seed(0))
     x[0] = 1e6
     reservoir.write(index, x)
-    assert reservoir.r.tolist() == [0, 3] and reservoir.x.isfinite().all()
+    assert reservoir.r.tolist() == [-1, 3] and reservoir.x.isfinite().all()
+    reservoir.take(torch.arange(2), torch.Generator().manual_seed(0))
+    assert reservoir.r.tolist() == [4, 3]
+
+
+def test_unfinished_samples_are_no_synthetic_data():
+    teacher, student = (gaussian_denoiser(SHORT, "epsilon", MU, S) for _ in range(2))
+    whole = DKDM(teacher, student, batch_size=2, scheme="synthetic", clip=False, sample_shape=(1, 1, 1))
+    whole.prepare(progress_bar=False)
+    assert (whole.reservoir.r == 0).all()
+    broken = DKDM(teacher, student, batch_size=2, scheme="synthetic", clip=False, sample_shape=(1, 1, 1))
+    answer, calls = teacher.network.forward, []
+
+    def overflow_once(sample, *args, **kwargs):
+        output = answer(sample, *args, **kwargs).clone()
+        calls.append(1)
+        if len(calls) == 2:
+            output[:3] = math.inf
+        return output
+
+    teacher.network.forward = overflow_once
+    with pytest.raises(FloatingPointError, match=rf"3 of {len(broken.reservoir)} samples of the teacher are not fin"):
+        broken.prepare(progress_bar=False)
 
 
 def test_guided_teachers_hand_their_guidance_on():

@@ -409,8 +409,10 @@ def test_regression_alone_is_a_warm_up():
     pairs = {"noise": torch.randn(4, 1, 16, 16), "target": torch.randn(4, 1, 16, 16)}
     distiller = DMD(small_teacher(), matching_weight=0.0, regression_weight=2.0, regression_loss="l2")
     ((name, loss),) = distiller.updates(BATCH | pairs)
-    assert name == "student"
+    assert name == "student" and list(distiller.trainable) == ["student"] and distiller.fake_score is None
     torch.testing.assert_close(loss, 2.0 * distiller.regression_loss(BATCH | pairs))
+    with pytest.raises(ValueError, match=r"`gan_weight` must be 0 with `matching_weight` 0, .* but is 0.1"):
+        DMD(small_teacher(), matching_weight=0.0, regression_weight=1.0, regression_loss="l2", gan_weight=0.1)
     with pytest.raises(ValueError, match="`matching_weight` and `regression_weight` must not both be 0"):
         DMD(small_teacher(), matching_weight=0.0)
 

@@ -10,7 +10,15 @@ from diffusers import DDIMScheduler, EDMEulerScheduler
 from formula import formula_state, u
 from safetensors.torch import load_file
 
-from diffusers_onestep import Denoiser, EDM2UNet2DModel, EDMHeunScheduler, EDMSchedule, EDMUNet2DModel, NoiseSchedule
+from diffusers_onestep import (
+    Denoiser,
+    EDM2UNet2DModel,
+    EDMHeunScheduler,
+    EDMSchedule,
+    EDMUNet2DModel,
+    NoiseSchedule,
+    SiD,
+)
 from diffusers_onestep.conversion.edm import edm2_settings, edm_settings, network_from_edm
 from diffusers_onestep.conversion.kinds import EDM_WRAPPERS
 from diffusers_onestep.models import cast
@@ -449,3 +457,18 @@ def test_lower_precision_leaves_what_a_network_keeps_in_float32():
     assert before and all(torch.equal(network.map_noise.get_buffer(name), value) for name, value in before.items())
     assert network.map_layer0.weight.dtype == torch.float32
     assert {p.dtype for name, p in network.named_parameters() if not name.startswith("map")} == {torch.bfloat16}
+
+
+def test_a_learning_edm2_normalises_its_stored_weights():
+    """Of the one that learns alone, in the update itself."""
+    distiller = SiD(Denoiser(tiny_edm2(), EDMSchedule(), "edm"))
+    batch = {"batch_size": 2, "cond": {"class_labels": torch.tensor([0, 1])}}
+    networks = {name: getattr(distiller, name).network for name in ("fake_score", "student", "teacher")}
+    before = {name: network.enc["8x8_conv"].weight.clone() for name, network in networks.items()}
+    for learning, loss in distiller.updates(batch, torch.Generator().manual_seed(0)):
+        loss.backward()
+        own = networks[learning].enc["8x8_conv"].weight
+        norms = own.detach().flatten(1).norm(dim=1)
+        torch.testing.assert_close(norms, torch.full_like(norms, own[0].numel() ** 0.5), rtol=1e-3, atol=0)
+        assert not torch.allclose(own, before[learning], rtol=1e-3)
+        assert not networks["teacher"].training and torch.equal(networks["teacher"].enc["8x8_conv"].weight, before["teacher"])

@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,6 +48,17 @@ def test_vp_reads_alphas_cumprod_and_inverts_the_ratio():
     torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(alpha))
     assert schedule.timestep(schedule.ratio(t)).tolist() == t.tolist()
     assert schedule.timestep(2.5).item() == 625
+
+
+def test_a_schedule_is_copied_to_a_device_once():
+    schedule = NoiseSchedule.from_scheduler(EulerDiscreteScheduler(**SD))
+    calls, t = [], torch.zeros(2, dtype=torch.long, device="meta")
+    table = schedule.alphas_cumprod
+    schedule.alphas_cumprod = SimpleNamespace(to=lambda device: calls.append(device) or table.to(device))
+    for _ in range(3):
+        alpha, _ = schedule.alpha_sigma(t)
+        assert alpha.device.type == "meta"
+    assert calls == [t.device]
 
 
 def test_zero_terminal_snr_is_kept():

@@ -11,11 +11,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from diffusers import UniPCMultistepScheduler
 
 from diffusers_onestep import Metrics, Teacher, evaluate, fit_d_ode
-from diffusers_onestep.arguments import run_script
+from diffusers_onestep.arguments import patient_accelerator, run_script
 from diffusers_onestep.files import write_json
 from diffusers_onestep.methods.dode import DODEReport, end_of, trajectory
 from diffusers_onestep.records import command_line, provenance
@@ -48,7 +47,7 @@ class Comparison:
     """The rows so far, on disk after each."""
 
     def __init__(self, args: ComparisonArguments):
-        self.args, self.accelerator = args, Accelerator()
+        self.args, self.accelerator = args, patient_accelerator()
         self.folder = Path(args.output_dir)
         self.teacher = Teacher.from_pretrained(args.pretrained_teacher_model, device=self.accelerator.device)
         self.is_edm = self.teacher.denoiser.prediction_type == "edm"

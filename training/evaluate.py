@@ -22,11 +22,10 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
-from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
 from diffusers_onestep import Metrics, OneStepPipeline, OneStepScheduler, Teacher, create_model_card
-from diffusers_onestep.arguments import HubArguments, run_script
+from diffusers_onestep.arguments import HubArguments, patient_accelerator, run_script
 from diffusers_onestep.evaluation import AGAINST_IMAGES, METRICS, check_metrics, extract, generate, measure
 from diffusers_onestep.features import EXTRACTORS, load_extractor
 from diffusers_onestep.prompts import read_prompts
@@ -125,7 +124,7 @@ def model_guidance(pipeline: DiffusionPipeline, embedded_guidance: float | None)
 
 
 def main(args: EvaluateArguments) -> None:
-    state = Accelerator(mixed_precision=args.mixed_precision)
+    state = patient_accelerator(mixed_precision=args.mixed_precision)
     check_metrics(args.metrics)
     if args.output_dir is None and not (args.model and Path(args.model[0]).is_dir()):
         raise ValueError("`output_dir` must be given unless the first `model` is a folder, but is None.")

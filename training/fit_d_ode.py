@@ -17,10 +17,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
 from diffusers_onestep import Teacher, create_model_card, fit_d_ode
-from diffusers_onestep.arguments import HubArguments, run_script
+from diffusers_onestep.arguments import DTYPES, HubArguments, patient_accelerator, run_script
 from diffusers_onestep.files import write_json
 from diffusers_onestep.methods.base import normal, sample_generators
 from diffusers_onestep.methods.dode import nested_teacher, paper
@@ -74,7 +73,7 @@ class FitArguments(HubArguments):
 
 
 def main(args: FitArguments) -> None:
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    accelerator = patient_accelerator(mixed_precision=args.mixed_precision)
     teacher = Teacher.from_pretrained(
         args.pretrained_teacher_model,
         revision=args.revision,
@@ -84,7 +83,7 @@ def main(args: FitArguments) -> None:
         embedded_guidance=args.embedded_guidance,
     )
     check_prompts(teacher.takes_prompts, args.prompts)
-    teacher.denoiser.autocast_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    teacher.denoiser.autocast_dtype = DTYPES.get(accelerator.mixed_precision)
     settings = {} if args.solver_order is None else {"solver_order": args.solver_order}
     if teacher.scheduler.config.get("use_dynamic_shifting"):
         shift = math.exp(dynamic_shift(teacher.scheduler, teacher.sample_shape))

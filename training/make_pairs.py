@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from diffusers_onestep import Teacher
-from diffusers_onestep.arguments import run_script
+from diffusers_onestep.arguments import patient_accelerator, run_script
 from diffusers_onestep.data import join_pairs, write_pairs
 from diffusers_onestep.methods.base import normal, sample_generators
 from diffusers_onestep.prompts import check_prompts, read_prompts
@@ -53,7 +52,7 @@ class PairArguments:
 
 
 def main(args: PairArguments) -> None:
-    accelerator = Accelerator()
+    accelerator = patient_accelerator()
     if args.num_pairs < accelerator.num_processes:
         raise ValueError(
             f"`num_pairs` must be at least the number of processes, {accelerator.num_processes}, but is "

@@ -18,8 +18,8 @@ from diffusers import DiffusionPipeline
 
 import diffusers_onestep  # noqa: F401 (registers its classes with the loader)
 from diffusers_onestep import OneStepPipeline
+from diffusers_onestep.cards import render_card
 from diffusers_onestep.files import write_json, write_text
-from diffusers_onestep.hub import render_card
 from diffusers_onestep.records import RUN_RECORD
 from diffusers_onestep.repository import ASSETS, write_repository
 

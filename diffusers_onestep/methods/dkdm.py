@@ -232,7 +232,7 @@ class Reservoir:
         """Start the finished ones of the slots `index` anew: fresh noise, condition and offset."""
         noise = normal((len(index), *self.x.shape[1:]), generator)
         row, offset = uniform(len(index), generator), uniform(len(index), generator)
-        done = self.r[index] == 0
+        done = self.r[index] <= 0
         fresh = index[done]
         self.x[fresh] = self.start(noise[done], offset[done]).to(self.x.dtype)
         self.r[fresh], self.offset[fresh] = self.num_timesteps, offset[done]
@@ -243,12 +243,12 @@ class Reservoir:
         return self.cond.batch(self.row[index].tolist())["cond"]
 
     def write(self, index: torch.Tensor, x: torch.Tensor) -> None:
-        """Store the next states of the slots `index`, one step nearer to their end; what is not finite is dropped and
-        its trajectory started anew."""
+        """Store the next states of the slots `index`, one step nearer to their end; what is not finite is dropped (`r`
+        is -1 then) and its trajectory started anew."""
         x = x.detach().to("cpu", self.x.dtype)
         sound = x.flatten(1).isfinite().all(1)
         self.x[index[sound]] = x[sound]
-        self.r[index] = torch.where(sound, self.r[index] - 1, 0)
+        self.r[index] = torch.where(sound, self.r[index] - 1, -1)
 
     def save(self, path: Path, made_for: dict[str, Any] | None = None) -> None:
         """Write states, times, conditions and offsets as safetensors, beside first, with the settings of the run that
@@ -439,6 +439,11 @@ class DKDM(Distiller):
                 while len(slots := slots[reservoir.r[slots] > goal[slots]]):
                     self.advance(*reservoir.take(slots, generator), generator)
                     bar.update(len(slots))
+        if self.scheme == "synthetic" and (lost := int((reservoir.r < 0).sum())):
+            raise FloatingPointError(
+                f"{lost} of {len(reservoir)} samples of the teacher are not finite. Use `mixed_precision` 'bf16' or "
+                "'no', and a `dtype` of the reservoir that holds its states."
+            )
 
     def advance(self, index, x_t, place, cond, generator: Generators = None):
         """One teacher step of the slots `index`; returns the teacher's output and what it was computed at."""

@@ -58,7 +58,7 @@ class DMD(ScoreDistiller):
             which is t = 20 to 980 of Stable Diffusion. DDPM's linear betas reach 130 at t = 980, where the error of
             epsilon drowns the difference of the scores.
         matching_weight (`float`, *optional*, defaults to 1.0): of distribution matching; 0.0 leaves the regression
-            alone, without fake-score updates: DMD2's warm-up of a one-step SDXL student (Yin et al. 2024, App. F.4).
+            alone, without a fake score: DMD2's warm-up of a one-step SDXL student (Yin et al. 2024, App. F.4).
         regression_weight (`float`, *optional*, defaults to 0.0): of the regression on pairs (`"noise"`, `"target"`);
             0.25 in the paper's conditional runs.
         regression_loss (`str` or callable, *optional*, defaults to `"lpips"`): see `image_distance`.
@@ -92,6 +92,10 @@ class DMD(ScoreDistiller):
         sample_shape: tuple[int, int, int] | None = None,
         lora: LoraConfig | None = None,
     ):
+        if gan_weight and not matching_weight:
+            raise ValueError(
+                f"`gan_weight` must be 0 with `matching_weight` 0, whose run has no fake score, but is {gan_weight}."
+            )
         super().__init__(
             teacher,
             start_ratio=start_ratio,
@@ -102,6 +106,7 @@ class DMD(ScoreDistiller):
             gan_critic_weight=gan_critic_weight,
             sample_shape=sample_shape,
             lora=lora,
+            compare=bool(matching_weight),
         )
         if gan_weight or fake_score_updates > 1 or len(self.student_timesteps) > 1 or not matching_weight:
             self.paper = DMD2

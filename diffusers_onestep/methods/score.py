@@ -45,6 +45,8 @@ class ScoreDistiller(OneStepDistiller):
         gan_weight (`float`, *optional*): of the student's GAN loss; batches then need real images `"x0"`.
         gan_critic_weight (`float`, *optional*): of the critic's, in the fake score's loss.
         sample_shape (`tuple`, *optional*): `(C, H, W)` of model space, for networks without a diffusers config.
+        compare (`bool`, *optional*, defaults to `True`): whether the method compares scores at all; without, there is
+            no fake score.
         lora (`LoraConfig`, *optional*): makes student and fake score two float32 adapters on the teacher's weights
             instead of two copies; without `target_modules`, on every layer that is wider than the rank.
     """
@@ -67,6 +69,7 @@ class ScoreDistiller(OneStepDistiller):
         gan_critic_weight: float,
         sample_shape: tuple[int, int, int] | None,
         lora: LoraConfig | None,
+        compare: bool = True,
     ):
         if fake_score_updates < 1:
             raise ValueError(f"`fake_score_updates` must be at least 1, but is {fake_score_updates}.")
@@ -81,7 +84,7 @@ class ScoreDistiller(OneStepDistiller):
                 raise ValueError("`student` must be None with `lora`, whose student starts at the teacher.")
             check_same_prediction(student, self.teacher)
             self.student.network = copy_denoiser(student).network  # on the teacher's schedule
-        self.fake_score = copy_denoiser(self.teacher, lora)
+        self.fake_score = copy_denoiser(self.teacher, lora) if compare else None
         self.fake_score_updates = fake_score_updates
         schedule = self.teacher.schedule
         if start_ratio is not None and student_timesteps is None:
@@ -112,10 +115,13 @@ class ScoreDistiller(OneStepDistiller):
 
     @property
     def trainable(self) -> dict[str, nn.Module]:
+        student = trained_part(self.student.network)
+        if self.fake_score is None:
+            return {"student": student}
         fake_score = trained_part(self.fake_score.network)
         if self.head is not None:
             fake_score = nn.ModuleList([fake_score, self.head])
-        return {"student": trained_part(self.student.network), "fake_score": fake_score}
+        return {"student": student, "fake_score": fake_score}
 
     # the algorithm box
 
@@ -148,15 +154,20 @@ class ScoreDistiller(OneStepDistiller):
         for other, weights in self._weights.items():
             for weight in weights:
                 weight.requires_grad_(other == name)
-        for other, network in (("student", self.student.network), ("fake_score", self.fake_score.network)):
+        for other, network in self._learners.items():
             mode = self.dropout and self._has_train_mode[other] and other == name
             if network.training != mode:  # a walk through its modules
                 network.train(mode)
 
+    @property
+    def _learners(self) -> dict[str, nn.Module]:
+        """The whole networks, of which `trainable` may be adapters."""
+        return {n: d.network for n in ("student", "fake_score") if (d := getattr(self, n)) is not None}
+
     @cached_property
     def _has_train_mode(self) -> dict[str, bool]:
         """Found once: of which networks does train mode change anything?"""
-        return {n: has_train_mode(d.network) for n, d in (("student", self.student), ("fake_score", self.fake_score))}
+        return {name: has_train_mode(network) for name, network in self._learners.items()}
 
     @cached_property
     def _weights(self) -> dict[str, list[nn.Parameter]]:
