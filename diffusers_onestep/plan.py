@@ -30,10 +30,10 @@ from .methods.dmd import DMD
 from .methods.score import ScoreDistiller
 from .methods.sid import SiD
 from .models import cast, network_from_config
+from .optimization import configure_networks, optimizer_class
 from .repository import resolve_model
 from .schedules import NoiseSchedule
 from .teacher import prediction_type_of
-from .trainer import configure_networks, optimizer_class
 
 METHODS = {"sid": SiD, "dmd": DMD}
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

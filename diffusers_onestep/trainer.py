@@ -7,30 +7,26 @@ micro-batches.
 
 import atexit
 import copy
-import ctypes
 import importlib.util
 import json
 import math
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, cpu_offload_with_hook
+from accelerate import cpu_offload_with_hook
 from accelerate.hooks import UserCpuOffloadHook
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast, set_seed
 from diffusers.optimization import get_scheduler
-from diffusers.utils import is_bitsandbytes_available
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
@@ -39,9 +35,10 @@ from .cards import create_model_card
 from .ema import HalfLifeEMA
 from .files import write_json
 from .health import Health, draw_health
-from .lora import is_adapted, leave_dtypes_to_autocast
+from .lora import is_adapted
 from .methods.base import Batch, Distiller, sample_generators
 from .models import cast
+from .optimization import average_gradients, configure_networks, keep_freed_memory, optimizer_class
 from .records import RUN_RECORD, run_record, without_secret_settings
 from .run_folder import (
     checkpoint_path,
@@ -620,62 +617,3 @@ class Trainer:
         about = {"step": self.step, "images": self.images_seen, "seconds": round(self.train_seconds, 1)}
         with open(self.output_dir / "log.jsonl", "a") as file:
             file.write(json.dumps(about | values) + "\n")
-
-
-def configure_networks(module: torch.nn.Module, autocast_dtype: torch.dtype | None, checkpointing: bool) -> None:
-    """Tell every `Denoiser` (or `Autoencoder`) in `module` in which precision its network is called, and what that
-    keeps."""
-    for part in module.modules():
-        if hasattr(part, "autocast_dtype"):
-            part.autocast_dtype = autocast_dtype
-            if autocast_dtype is not None:
-                leave_dtypes_to_autocast(part.network)
-            if checkpointing:
-                checkpoint_gradients(part.network)
-
-
-def checkpoint_gradients(network: torch.nn.Module) -> None:
-    """Let a network compute most activations again in the backward pass."""
-    if not getattr(network, "_supports_gradient_checkpointing", False):
-        raise ValueError(f"`gradient_checkpointing` must be off for a {type(network).__name__}, which has none.")
-    network.enable_gradient_checkpointing()
-
-
-def optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
-    """The optimizer that a name of `--optimizer` means."""
-    if name != "adamw8bit":
-        radam = partial(torch.optim.RAdam, decoupled_weight_decay=True)
-        return {"adamw": partial(torch.optim.AdamW, fused=True), "radam": radam}[name]
-    if not (torch.cuda.is_available() and is_bitsandbytes_available()):
-        raise ValueError("`optimizer` 'adamw8bit' needs a GPU and bitsandbytes: pip install bitsandbytes.")
-    from bitsandbytes.optim import AdamW8bit
-
-    return AdamW8bit
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep up to 2 GB of freed activations for the next pass: given back and asked for again, every page of
-    them costs a fault, a tenth of a step's time on the shipped teachers. Thresholds of the environment go first."""
-    own = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys()
-    if own or "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", ""):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3  # malloc.h
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 2**25)  # the largest that it takes; beyond, blocks come and go alone
-
-
-def average_gradients(
-    accelerator: Accelerator, parameters: list[torch.nn.Parameter], transfer_size: int = 2**26
-) -> None:
-    """Replace every gradient by its mean over all ranks, in transfers of about `transfer_size` numbers."""
-    waiting: list[torch.Tensor] = []
-    for gradient in (*(p.grad for p in parameters if p.grad is not None), None):
-        if gradient is not None:
-            waiting.append(gradient)
-        if waiting and (gradient is None or sum(g.numel() for g in waiting) >= transfer_size):
-            flat = accelerator.reduce(torch.cat([g.flatten() for g in waiting]), "mean")
-            for target, mean in zip(waiting, flat.split([g.numel() for g in waiting]), strict=True):
-                target.copy_(mean.view_as(target))
-            waiting = []

@@ -471,4 +471,6 @@ def test_a_learning_edm2_normalises_its_stored_weights():
         norms = own.detach().flatten(1).norm(dim=1)
         torch.testing.assert_close(norms, torch.full_like(norms, own[0].numel() ** 0.5), rtol=1e-3, atol=0)
         assert not torch.allclose(own, before[learning], rtol=1e-3)
-        assert not networks["teacher"].training and torch.equal(networks["teacher"].enc["8x8_conv"].weight, before["teacher"])
+        assert not networks["teacher"].training and torch.equal(
+            networks["teacher"].enc["8x8_conv"].weight, before["teacher"]
+        )

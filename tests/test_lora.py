@@ -36,9 +36,9 @@ from diffusers_onestep.arguments import TrainArguments
 from diffusers_onestep.data import Batches, Conditions
 from diffusers_onestep.lora import adapted, adapter, merged, save_lora_weights
 from diffusers_onestep.methods.base import normal
+from diffusers_onestep.optimization import checkpoint_gradients
 from diffusers_onestep.prompts import PromptEmbeddings
 from diffusers_onestep.run_folder import checkpoints, latest_checkpoint
-from diffusers_onestep.trainer import checkpoint_gradients
 
 VP = VPSchedule(torch.linspace(0.9999, 0.01, 1000))
 RANK = 2

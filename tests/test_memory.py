@@ -18,8 +18,9 @@ from diffusers_onestep.arguments import TrainArguments
 from diffusers_onestep.data import Batches, Conditions
 from diffusers_onestep.methods.pretrain import Pretraining
 from diffusers_onestep.network_calls import execution_device
+from diffusers_onestep.optimization import average_gradients
 from diffusers_onestep.sampling import sample
-from diffusers_onestep.trainer import Trainer, average_gradients
+from diffusers_onestep.trainer import Trainer
 
 VP = VPSchedule(torch.linspace(0.9999, 0.01, 1000))
 
@@ -130,7 +131,7 @@ def test_gradients_travel_in_pieces():
 
 KEPT = """
 import psutil, sys, torch
-from diffusers_onestep.trainer import keep_freed_memory
+from diffusers_onestep.optimization import keep_freed_memory
 
 keep_freed_memory()
 before = psutil.Process().memory_info().rss

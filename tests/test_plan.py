@@ -21,8 +21,8 @@ from diffusers_onestep import DMD, Denoiser, GuidedDenoiser, SiD, VPSchedule
 from diffusers_onestep.cli import main
 from diffusers_onestep.methods.gan import GANHead
 from diffusers_onestep.models import network_from_config
+from diffusers_onestep.optimization import checkpoint_gradients
 from diffusers_onestep.plan import MemoryMeter, PlanArguments, example_cond, plan, plan_distiller, plan_step
-from diffusers_onestep.trainer import checkpoint_gradients
 
 CONFIG = {
     "_class_name": "UNet2DConditionModel",

@@ -19,9 +19,10 @@ from diffusers_onestep.cli import main
 from diffusers_onestep.data import Batches, Conditions, LabelledImages
 from diffusers_onestep.hooks import student_hooks
 from diffusers_onestep.methods.base import Distiller, Paper
+from diffusers_onestep.optimization import optimizer_class
 from diffusers_onestep.pictures import picture
 from diffusers_onestep.run_folder import checkpoints, latest_checkpoint
-from diffusers_onestep.trainer import Trainer, optimizer_class
+from diffusers_onestep.trainer import Trainer
 
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 

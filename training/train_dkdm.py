@@ -17,10 +17,10 @@ from diffusers_onestep.data import Batches, Conditions, Samples
 from diffusers_onestep.distillation import TeacherArguments
 from diffusers_onestep.hooks import compression_hooks
 from diffusers_onestep.models import network_from_config, shrunk
+from diffusers_onestep.optimization import configure_networks
 from diffusers_onestep.presets import DKDM_PRESETS
 from diffusers_onestep.prompts import PromptEmbeddings, digest
 from diffusers_onestep.run_folder import checkpoint_to_go_on_from
-from diffusers_onestep.trainer import configure_networks
 
 
 @dataclass
