@@ -77,7 +77,9 @@ class TrainArguments(HubArguments):
     fake_score_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the fake score; default: `learning_rate`."}
     )
-    optimizer: str = field(default="adamw", metadata={"help": "adamw, radam or adamw8bit (bitsandbytes, on a GPU)."})
+    optimizer: str = field(
+        default="adamw", metadata={"help": "adamw, radam or adamw8bit (of bitsandbytes or torchao)."}
+    )
     adam_beta1: float = field(default=0.9, metadata={"help": "Adam's first beta."})
     student_adam_beta1: float | None = field(
         default=None, metadata={"help": "Adam's first beta for the student alone; default: `adam_beta1`."}

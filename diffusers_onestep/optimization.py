@@ -5,10 +5,11 @@ import os
 import sys
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers.utils import is_bitsandbytes_available
+from diffusers.utils import is_bitsandbytes_available, is_torchao_available
 
 from .lora import leave_dtypes_to_autocast
 
@@ -37,11 +38,24 @@ def optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
     if name != "adamw8bit":
         radam = partial(torch.optim.RAdam, decoupled_weight_decay=True)
         return {"adamw": partial(torch.optim.AdamW, fused=True), "radam": radam}[name]
-    if not (torch.cuda.is_available() and is_bitsandbytes_available()):
-        raise ValueError("`optimizer` 'adamw8bit' needs a GPU and bitsandbytes: pip install bitsandbytes.")
-    from bitsandbytes.optim import AdamW8bit
-
+    if torch.cuda.is_available() and is_bitsandbytes_available():
+        from bitsandbytes.optim import AdamW8bit
+    elif is_torchao_available():
+        from torchao.optim import AdamW8bit
+    else:
+        raise ValueError(
+            "`optimizer` 'adamw8bit' needs bitsandbytes on a CUDA GPU, or torchao anywhere: pip install bitsandbytes "
+            "torchao."
+        )
     return AdamW8bit
+
+
+def set_learning_rate(group: dict[str, Any], rate: float) -> None:
+    """Of a group of parameters, whose rate torchao's optimizers keep as a tensor."""
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 def keep_freed_memory() -> None:

@@ -334,8 +334,8 @@ def example_cond(network: nn.Module, batch_size: int) -> dict[str, torch.Tensor]
 
 
 class EightBitStates(torch.optim.Optimizer):
-    """What bitsandbytes' AdamW8bit keeps: two bytes a weight, in float32 for tensors of less than 4096 weights, and a
-    float32 scale for every 256 of each."""
+    """What an AdamW8bit, of bitsandbytes or torchao, keeps: two bytes a weight, in float32 for tensors of less than
+    4096 weights, and a float32 scale for every 256 of each."""
 
     def step(self):
         for parameter in self.param_groups[0]["params"]:

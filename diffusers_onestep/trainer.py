@@ -28,6 +28,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast, set_seed
 from diffusers.optimization import get_scheduler
 from safetensors.torch import load_file, save_file
+from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
 from .arguments import DTYPES, TrainArguments
@@ -38,7 +39,7 @@ from .health import Health, draw_health
 from .lora import is_adapted
 from .methods.base import Batch, Distiller, sample_generators
 from .models import cast
-from .optimization import average_gradients, configure_networks, keep_freed_memory, optimizer_class
+from .optimization import average_gradients, configure_networks, keep_freed_memory, optimizer_class, set_learning_rate
 from .records import RUN_RECORD, run_record, without_secret_settings
 from .run_folder import (
     checkpoint_path,
@@ -429,6 +430,7 @@ class Trainer:
                 save_file(averages, beside / "ema.safetensors")
             state = {name: getattr(self, name) for name in _STATE}
             schedules = {name: scheduler.state_dict() for name, scheduler in self.lr_schedulers.items()}
+            schedules = tree_map_only(torch.Tensor, float, schedules)  # rates of torchao's optimizers
             write_json(beside / "trainer_state.json", state | {"lr_schedulers": schedules})
         self.accelerator.wait_for_everyone()
         if main:
@@ -518,15 +520,16 @@ class Trainer:
             for group, own in zip(self.optimizers[name].param_groups, given[name], strict=True):
                 (last,) = state["lr_schedulers"][name]["_last_lr"]
                 group.update({key: own[key] for key in ("initial_lr", "betas", "eps", "weight_decay")})
-                group["lr"] = own["initial_lr"] * scheduler.lr_lambdas[0](scheduler.last_epoch)
-                if group["lr"] > 2 * last:
+                rate = float(own["initial_lr"]) * scheduler.lr_lambdas[0](scheduler.last_epoch)
+                set_learning_rate(group, rate)
+                if rate > 2 * last:
                     logger.warning(
                         "The learning rate of the %s goes from %.1e to %.1e at once: Adam's moments are those of "
                         "small steps, and runs have diverged from this. A new run, with --lr_warmup_steps and, where "
                         "the script has it, --student_init %s, goes on from the student itself.",
                         name,
                         last,
-                        group["lr"],
+                        rate,
                         self.output_dir,
                     )
         if self.ema is not None:

@@ -90,7 +90,7 @@ def test_teacher_dtype_is_of_the_frozen_weights_alone(tmp_path):
     assert weights(distiller).dtype == torch.float32 and not torch.equal(weights(distiller), start)
 
 
-def test_what_cannot_be_right_is_refused(tmp_path):
+def test_what_cannot_be_right_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"`offload_teacher` must be off with adapters"):
         Trainer(SiD(teacher(), lora=LoraConfig(r=2)), arguments(tmp_path, offload_teacher=True))
     with pytest.raises(ValueError, match=r"`gradient_checkpointing` must be off for a Conv2d"):
@@ -100,9 +100,10 @@ def test_what_cannot_be_right_is_refused(tmp_path):
         arguments(tmp_path, optimizer="sgd")
     with pytest.raises(ValueError, match=r"`teacher_dtype` must be one of"):
         arguments(tmp_path, teacher_dtype="int8")
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match=r"`optimizer` 'adamw8bit' needs a GPU and bitsandbytes"):
-            Trainer(SiD(teacher()), arguments(tmp_path, optimizer="adamw8bit"))
+    for library in ("bitsandbytes", "torchao"):
+        monkeypatch.setattr(f"diffusers_onestep.optimization.is_{library}_available", lambda: False)
+    with pytest.raises(ValueError, match=r"`optimizer` 'adamw8bit' needs bitsandbytes on a CUDA GPU, or torchao"):
+        Trainer(SiD(teacher()), arguments(tmp_path, optimizer="adamw8bit"))
     with pytest.raises(ValueError, match=r"need a teacher, but Pretraining has none"):
         Trainer(Pretraining(teacher()), arguments(tmp_path, teacher_dtype="bf16"))
 

@@ -19,7 +19,7 @@ from diffusers_onestep.cli import main
 from diffusers_onestep.data import Batches, Conditions, LabelledImages
 from diffusers_onestep.hooks import student_hooks
 from diffusers_onestep.methods.base import Distiller, Paper
-from diffusers_onestep.optimization import optimizer_class
+from diffusers_onestep.optimization import optimizer_class, set_learning_rate
 from diffusers_onestep.pictures import picture
 from diffusers_onestep.run_folder import checkpoints, latest_checkpoint
 from diffusers_onestep.trainer import Trainer
@@ -245,7 +245,8 @@ def test_a_fake_score_that_equals_the_teacher_moves_the_student_by_weight_decay_
     assert [p.item() for p in distiller.fake_score.parameters()] != pytest.approx([0.3, 0.5], rel=1e-3)
 
 
-def test_a_resumed_run_of_dmd2_has_bit_identical_weights(tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_a_resumed_run_of_dmd2_has_bit_identical_weights(optimizer, tmp_path):
     """Specification of DMD, I25: with a GAN head, a three-step student, accumulation and an average of the weights."""
     images = torch.randint(0, 256, (7, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     real = Batches(LabelledImages(images, torch.arange(7) % 3), 2)
@@ -256,8 +257,10 @@ def test_a_resumed_run_of_dmd2_has_bit_identical_weights(tmp_path):
         settings = {"fake_score_updates": 3, "gan_weight": 1e-2, "student_timesteps": [999, 600, 300]}
         distiller = DMD(Denoiser(tiny_unet(classes=3), schedule, "epsilon"), **settings)
         settings = {"learning_rate": 1e-3, "ema_halflife_kimg": 0.01, "gradient_accumulation_steps": 2}
+        settings["optimizer"] = optimizer
         settings |= {"train_batch_size": 2, "max_train_steps": steps, "checkpointing_steps": 2}
-        train(distiller, real, arguments(folder, lr_warmup_steps=2, **settings, **other))
+        with torch.compiler.set_stance("force_eager"):  # torchao's AdamW compiles itself for every shape
+            train(distiller, real, arguments(folder, lr_warmup_steps=2, **settings, **other))
 
     run(tmp_path / "unbroken", 4)
     run(tmp_path / "resumed", 2)
@@ -465,3 +468,24 @@ def test_weight_decay_is_decoupled(name):
     weight.grad = torch.zeros(3)
     optimizer_class(name)([weight], lr=0.1, weight_decay=0.5).step()
     torch.testing.assert_close(weight.data, torch.full((3,), 0.95))
+
+
+def test_eight_bit_moments_move_weights_as_whole_ones_do():
+    """And are a quarter as large; torchao's, where there is no CUDA."""
+    generator, weights, sizes = torch.Generator().manual_seed(0), {}, {}
+    start, gradients = torch.randn(64, 64, generator=generator), torch.randn(5, 64, 64, generator=generator)
+    for name in ("adamw", "adamw8bit"):
+        weight = torch.nn.Parameter(start.clone())
+        optimizer = optimizer_class(name)([weight], lr=0.1, betas=(0.9, 0.999), weight_decay=0.01)
+        with torch.compiler.set_stance("force_eager"):
+            for gradient in gradients:
+                weight.grad = gradient.clone()
+                set_learning_rate(optimizer.param_groups[0], 0.01)
+                optimizer.step()
+        weights[name] = weight.detach()
+        moments = [optimizer.state[weight][key] for key in ("exp_avg", "exp_avg_sq")]
+        codes = [m.codes if name == "adamw8bit" else m for m in moments]
+        sizes[name] = sum(c.numel() * c.element_size() for c in codes)
+    moved = (weights["adamw"] - start).abs().mean()
+    assert (weights["adamw8bit"] - weights["adamw"]).abs().mean() < 0.05 * moved and 0.005 < moved < 0.05
+    assert sizes == {"adamw": 8 * 64 * 64, "adamw8bit": 2 * 64 * 64}
