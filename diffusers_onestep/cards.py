@@ -60,7 +60,7 @@ def create_model_card(folder: str | Path, *, repo_id: str | None = None, revisio
     ```
     """
     path = Path(folder) / "README.md"
-    if path.is_file() and not _is_ours(path.read_text(encoding="utf-8")):
+    if path.is_file() and not is_ours(path.read_text(encoding="utf-8")):
         if (path.parent / "conversion.json").is_file():
             logger.warning(f"{path} says where the converted weights are from, with their licence: it stays as it is.")
         else:
@@ -94,7 +94,8 @@ def render_card(
     return f"{text}<!-- made by diffusers_onestep: {digest}; put your own words into notes.md -->\n"
 
 
-def _is_ours(text: str) -> bool:
+def is_ours(text: str) -> bool:
+    """Whether a card is as `create_model_card` wrote it."""
     ending = _ENDING.search(text)
     return ending is not None and hashlib.sha256(text[: ending.start()].encode()).hexdigest()[:16] == ending.group(1)
 

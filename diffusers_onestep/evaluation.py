@@ -33,7 +33,7 @@ from .metrics import (
 )
 from .reference import Reference
 from .reports import Metrics, Score
-from .sampler import evaluations_of, inputs_of, network_of, part_of, sampler
+from .sampler import between_steps, evaluations_of, inputs_of, network_of, part_of, sampler
 from .teacher import Teacher
 
 METRICS = (
@@ -122,8 +122,7 @@ def generate(
         latencies.append(time.perf_counter() - started)
 
     def work(places):
-        # of the noise between a few-step student's steps: the same, however the batches are shared
-        generator = torch.Generator().manual_seed(seed + places[0].item())
+        generator = between_steps(seed, places[0].item())  # the same, however the batches are shared
         own = part_of(cond, places)
         started = time.perf_counter()
         pixels = run(noise[places], own, generator)
@@ -172,9 +171,9 @@ def measure(
     extractor, scores = samples.extractor, {}
     digest = extractor.digest()
 
-    def score(value: float, error: float, extractor: Extractor, digest: str) -> Score:
+    def score(value: float, error: float, extractor: Extractor, digest: str, compared: int | None = None) -> Score:
         known = error if math.isfinite(error) else None
-        return Score(value, known, len(samples.features), extractor.label, digest)
+        return Score(value, known, len(samples.features), extractor.label, digest, compared)
 
     for metric in metrics:
         if metric == "clip_score":
@@ -183,8 +182,10 @@ def measure(
             numbers = samples.cosines.mean().item(), standard_error(samples.cosines)
             scores[samples.clip.number("CLIP-score")] = score(*numbers, samples.clip, samples.clip.digest())
         else:
+            compared = len(reference.features) if metric in AGAINST_IMAGES else None
+            compared = reference.num_images if metric == "fd" else compared
             for kind, value, error in _numbers(metric, samples, reference, teacher):
-                scores[extractor.number(kind)] = score(value, error, extractor, digest)
+                scores[extractor.number(kind)] = score(value, error, extractor, digest, compared)
     name, first = next(iter(scores.items()))
     return Metrics(
         samples.model,

@@ -172,6 +172,7 @@ class PixArt(Family):
     stock = "PixArtAlphaPipeline"
     network = "transformer"
     patches = "pos_embed"  # the network's layer that knows positions
+    encoding: tuple[str, ...] = ("clean_caption",)  # arguments of the stock call that are about prompts
 
     def embed(self, pipeline, prompts):
         embeddings, mask, _, _ = pipeline.encode_prompt(
@@ -184,8 +185,9 @@ class PixArt(Family):
         return {"encoder_hidden_states": embeddings, "encoder_attention_mask": mask}
 
     def settings(self, pipeline) -> dict[str, Any]:
-        """Arguments of `encode_prompt` besides the prompt."""
-        return {}
+        """Arguments of `encode_prompt` besides the prompt, as the stock call has them by default."""
+        parameters = inspect.signature(pipeline.__call__).parameters
+        return {name: parameters[name].default for name in self.encoding}
 
     def extra(self, teacher, batch_size):
         if not teacher.denoiser.network.use_additional_conditions:
@@ -215,11 +217,8 @@ class PixArtSigma(PixArt):
 class Sana(PixArt):
     stock = "SanaPipeline"
     patches = "patch_embed"
-
-    def settings(self, pipeline):
-        # the instruction that the stock call puts before every prompt, but for the negative one
-        name = "complex_human_instruction"
-        return {name: inspect.signature(pipeline.__call__).parameters[name].default}
+    # the instruction is put before every prompt but the negative one
+    encoding = ("clean_caption", "complex_human_instruction")
 
     def extra(self, teacher, batch_size):
         return {}

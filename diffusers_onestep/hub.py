@@ -1,19 +1,23 @@
 """Pushes to the Hub: one commit of a student, its card, metrics and pictures."""
 
-import glob
 import shlex
+import tempfile
 from pathlib import Path
 
 from accelerate import PartialState
-from huggingface_hub import CommitInfo, HfApi
+from diffusers.utils import logging
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from .cards import create_model_card
+from .cards import create_model_card, is_ours
 from .files import read_json
 from .lora import LORA_WEIGHTS
 from .records import without_secrets
 
-_PICTURES = ("samples.png", "quality.png", "health.png")  # that scripts draw
+logger = logging.get_logger(__name__)
+
+# what scripts write beside the model: of an earlier push it says nothing of this one
+_REPLACED = ("samples.png", "quality.png", "health.png", "metrics.json", LORA_WEIGHTS)
 _NO_SAFETENSORS = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5", ".onnx"}
 
 
@@ -76,7 +80,8 @@ def push_student(
 ) -> str | None:
     """Push a student to the Hub: one commit of the model, its card, metrics and pictures, and nothing else.
 
-    The folder is only read, but for its card, which is made anew with the name of the repository. Files of the same
+    The folder is only read, but for its card, which is made anew with the name of the repository; a card that was
+    edited on the Hub stays there. Files of the same
     model parts, metrics, pictures and adapters that are on the Hub and not in the folder are deleted. Of several
     processes the main one pushes.
 
@@ -85,7 +90,7 @@ def push_student(
         repo_id (`str`): `"user/name"`, or `"name"` for the user who is logged in; made if it is not there.
         private (`bool`, *optional*): make a new repository private.
         revision (`str`, *optional*): branch to commit to; made if it is not there. Default: `main`.
-        create_pr (`bool`, *optional*, defaults to `False`): open a pull request instead.
+        create_pr (`bool`, *optional*, defaults to `False`): open a pull request against `main` instead.
         token (`str`, *optional*): default: `HF_TOKEN`, or what `hf auth login` stored.
 
     Returns:
@@ -106,6 +111,8 @@ def push_student(
     """
     if not PartialState().is_main_process:
         return None
+    if create_pr and revision is not None:
+        raise ValueError(f"`revision` must be None with `create_pr`, which is against main, but is {revision!r}.")
     folder, api = Path(folder), HfApi(token=token)
     student_files(folder)  # before anything is made on the Hub
     again = ["onestep", "push", str(folder), repo_id]
@@ -113,17 +120,23 @@ def push_student(
     again += [] if revision is None else ["--revision", revision]
     try:
         name = open_repository(repo_id, private=private, token=token)
-        create_model_card(folder, repo_id=name, revision=None if create_pr else revision)
+        create_model_card(folder, repo_id=name, revision=revision)
         files = student_files(folder)
         _check_secrets(folder, files)
-        if revision is not None and not create_pr:
+        if revision is not None:
             api.create_branch(name, branch=revision, exist_ok=True)
-        parts = sorted({file.split("/")[0] for file in files if "/" in file})
-        info: CommitInfo = api.upload_folder(
-            repo_id=name,
-            folder_path=folder,
-            allow_patterns=[glob.escape(file) for file in files],
-            delete_patterns=[*(f"{part}/*" for part in parts), "metrics.json", *_PICTURES, LORA_WEIGHTS],
+        there = set(api.list_repo_files(name, revision=revision))
+        if "README.md" in there and _is_edited(_remote_card(api, name, revision)):
+            logger.warning(
+                f"The card of {name} was edited on the Hub and stays as it is; delete it there for a new one."
+            )
+            files.remove("README.md")
+        parts = tuple({f"{file.split('/')[0]}/" for file in files if "/" in file})
+        replaced = {file for file in there if file.startswith(parts) or file in _REPLACED}
+        info: CommitInfo = api.create_commit(  # one, where `upload_folder` may make several
+            name,
+            [CommitOperationAdd(file, folder / file) for file in files]
+            + [CommitOperationDelete(file) for file in sorted(replaced - set(files))],
             revision=revision,
             create_pr=create_pr,
             commit_message=f"{folder.resolve().name}, pushed by diffusers_onestep",
@@ -136,6 +149,18 @@ def push_student(
             f"Try again with\n\n    {shlex.join(again)}\n"
         ) from error
     return info.pr_url if create_pr else info.commit_url
+
+
+def _remote_card(api: HfApi, name: str, revision: str | None) -> str:
+    """The card as it is on the Hub."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = api.hf_hub_download(name, "README.md", revision=revision, local_dir=folder)
+        return Path(path).read_text(encoding="utf-8")
+
+
+def _is_edited(card: str) -> bool:
+    """Whether somebody wrote a card; one of metadata alone comes with a repository."""
+    return not is_ours(card) and bool(ModelCard(card, ignore_metadata_errors=True).text.strip())
 
 
 def _reason(error: Exception) -> str:

@@ -6,7 +6,7 @@ needs the same one finds it, and an interrupted encoding goes on where it stoppe
 
 import hashlib
 import json
-import os
+import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def network_digest(network: nn.Module) -> str:
 
 def text_digest(teacher: Teacher) -> str:
     """A name for all that the embedding of a prompt depends on: pipeline, text encoders and tokenizers."""
-    parts = ["1", type(teacher.pipeline).__name__]  # the first grows when `Family.embed` changes
+    parts = ["2", type(teacher.pipeline).__name__]  # the first grows when `Family.embed` changes
     for name, part in sorted(teacher.pipeline.components.items()):
         if name.startswith("text_encoder") and part is not None:
             parts += [name, network_digest(part)]
@@ -96,19 +96,20 @@ class TensorCache:
         """Keep the tensors of `key`, beside first: processes may write the same one at once."""
         path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}.writing")
+        beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.writing")
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, beside)
         beside.replace(path)
 
     def fill(self, keys: Sequence[str], encode: Any, batch_size: int, what: str) -> None:
         """Encode what is missing: `encode(places)` gives one dict of tensors for each place in `keys`.
 
-        Every process takes its share; then each looks again, since not all need to share a disk.
+        Every process takes its share, told from the keys alone, since they start at different times; then each looks
+        again, since not all need to share a disk.
         """
         state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # as `Accelerator` reads it
-        for share in ((state.process_index, state.num_processes), (0, 1)):
-            places = [i for key, i in {key: i for i, key in enumerate(keys)}.items() if not self.path(key).is_file()]
-            own = sorted(places)[share[0] :: share[1]]
+        for rank, ranks in ((state.process_index, state.num_processes), (0, 1)):
+            places = {key: i for i, key in enumerate(keys) if int(key, 16) % ranks == rank}
+            own = sorted(i for key, i in places.items() if not self.path(key).is_file())
             batches = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
             for batch in tqdm(batches, desc=what, disable=not own or not state.is_main_process):
                 for place, tensors in zip(batch, encode(batch), strict=True):
@@ -123,7 +124,7 @@ class PromptEmbeddings:
         teacher (`Teacher`): a text-to-image teacher, whose text encoders are still there.
         prompts (`list[str]`): None stands for no prompt, the teacher's null condition.
         cache_dir (path, *optional*): where embeddings are kept.
-        batch_size (`int`, *optional*, defaults to 16): prompts at a time.
+        batch_size (`int`, *optional*, defaults to 16): prompts, or images of 256 x 256 pixels, at a time.
         device (`torch.device`, *optional*): where to encode; by default where the text encoders are.
     """
 
@@ -209,7 +210,10 @@ class CaptionedLatents:
             images = torch.stack([as_tensor(rows[i][image_column], height, width) for i in places])
             return [{"x0": latents} for latents in teacher.encode_images(images.to(device))]
 
-        self.cache.fill(self.keys, encode, batch_size, "encoding images")
+        # an autoencoder's memory grows with the pixels
+        self.cache.fill(
+            self.keys, encode, max(1, batch_size * 256**2 // max(256**2, height * width)), "encoding images"
+        )
 
     def __len__(self):
         return len(self.prompts)

@@ -66,10 +66,10 @@ class Reference:
         """Read statistics, or make them from images.
 
         Args:
-            reference (`str`, *optional*): a safetensors file that `save` wrote; an `.npz` of EDM or ADM (`mu`,
-                `sigma`, or the images `arr_0`), read without pickle; a data set of images (see `load_images`); or one
-                of these files on the Hub, as `hf://datasets/USER/REPOSITORY/FILE`. By default what ships with the
-                package for this extractor.
+            reference (`str`, *optional*): a safetensors file that `save` wrote; an `.npz` of EDM or ADM (`mu` and
+                `sigma`, the images `arr_0`, or both), read without pickle; a data set of images (see `load_images`);
+                or one of these files on the Hub, as `hf://datasets/USER/REPOSITORY/FILE`. By default what ships with
+                the package for this extractor.
             extractor (`Extractor`): that of the images to compare with.
             split (`str`, *optional*, defaults to `"test"`): of a data set.
             extract (callable, *optional*): see `from_images`.
@@ -91,9 +91,11 @@ class Reference:
         elif path.endswith(".npz") and (arrays := _read_npz(path)).keys() & {"mu", "arr_0"}:
             if "arr_0" in arrays:
                 images = torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2).contiguous()
-                return cls.from_images(images, extractor, source, extract)
-            mean, covariance = (torch.from_numpy(arrays[key]).double() for key in ("mu", "sigma"))
-            found = cls(mean, covariance, source=source)
+                found = cls.from_images(images, extractor, source, extract)
+            if "mu" in arrays:  # of the whole data set, of which ADM's images are a part
+                mean, covariance = (torch.from_numpy(arrays[key]).double() for key in ("mu", "sigma"))
+                features = found.features if "arr_0" in arrays else None
+                found = cls(mean, covariance, features, source=source)
         elif path.endswith((".pkl", ".pt", ".pth")):
             raise ValueError(f"`reference` must be .safetensors, .npz or a data set, never a pickle, but is {name!r}.")
         else:

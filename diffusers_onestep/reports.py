@@ -10,7 +10,7 @@ import torch
 from .files import write_json, written_beside
 from .pictures import save_grid
 from .records import provenance
-from .sampler import Sampler
+from .sampler import Sampler, between_steps
 
 
 @dataclass
@@ -23,6 +23,7 @@ class Score:
     num_samples: int
     extractor: str
     weights: str  # digest
+    num_reference: int | None = None  # real images that it was compared with
 
 
 @dataclass
@@ -77,7 +78,7 @@ def stated(value: float, error: float | None) -> str:
 
 def comparison_grid(above: Sampler, below: Sampler, noise: torch.Tensor, cond: dict[str, Any], path: Path) -> None:
     """A picture of one model (upper row of each pair) and another (lower) on the same noises and conditions."""
-    columns, generators = (len(noise) + 1) // 2, [torch.Generator().manual_seed(0) for _ in range(2)]
+    columns, generators = (len(noise) + 1) // 2, [between_steps(0, 0) for _ in range(2)]
     pictures = [run(noise, cond, generator) for run, generator in zip((above, below), generators, strict=True)]
     rows = [part for pair in zip(*(p.split(columns) for p in pictures), strict=True) for part in pair]
     save_grid(torch.cat(rows), path, columns, scale=2 if rows[0].shape[-1] <= 64 else 1)

@@ -9,6 +9,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, EDMEulerScheduler, SchedulerMixin
 
 from .families import family_of
+from .methods.base import sample_generators
 from .network_calls import sample_shape_of
 from .pictures import picture
 from .teacher import Teacher
@@ -73,6 +74,12 @@ def shared_inputs(
     if prompts is not None:
         return noise, {"prompt": [prompts[i] for i in spread(num_samples, len(prompts))]}
     return noise, {} if num_labels is None else {"class_labels": torch.arange(num_samples) % num_labels}
+
+
+def between_steps(seed: int, place: int) -> torch.Generator:
+    """Of the noise between a few-step student's steps, in the batch whose first sample is `place`: other noise than
+    it started from."""
+    return sample_generators(seed, place, ["between steps"])[0]
 
 
 def inputs_of(
@@ -150,18 +157,34 @@ def _by_pipeline(pipeline: DiffusionPipeline, num_inference_steps: int | None, g
     """A pipeline's own call."""
     pipeline.set_progress_bar_config(disable=True)
     given = {k: v for k, v in {"num_inference_steps": num_inference_steps, **guidance}.items() if v is not None}
-    device, prompted, family = pipeline.device, takes_prompts(pipeline), family_of(pipeline)
+    prompted, family = takes_prompts(pipeline), family_of(pipeline)
 
     @torch.no_grad()
     def run(noise, cond, generator):
+        device = pipeline.device
         cond = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in cond.items()}
         latents = noise.to(device, network_of(pipeline).dtype)
         output = "pt" if prompted else "latent"
         start = family.start(pipeline, latents) if family else {"latents": latents}
-        images = pipeline(**start, generator=generator, output_type=output, **cond, **given).images
+        with without_safety_checker(pipeline):
+            images = pipeline(**start, generator=generator, output_type=output, **cond, **given).images
         return picture(2 * images - 1) if prompted else picture(images)
 
     return run
+
+
+@contextmanager
+def without_safety_checker(pipeline: DiffusionPipeline):
+    """Black squares in place of what Stable Diffusion's checker takes for unsafe are no images to measure."""
+    checker = getattr(pipeline, "safety_checker", None)
+    if checker is None:
+        yield
+        return
+    pipeline.safety_checker = None
+    try:
+        yield
+    finally:
+        pipeline.safety_checker = checker
 
 
 @contextmanager

@@ -25,7 +25,7 @@ import torch
 from accelerate import cpu_offload_with_hook
 from accelerate.hooks import UserCpuOffloadHook
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import DistributedType, DynamoBackend, broadcast, set_seed
 from diffusers.optimization import get_scheduler
 from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_map_only
@@ -123,6 +123,7 @@ class Trainer:
         if self.accelerator.device.type == "cpu":
             keep_freed_memory()
         atexit.register(self.accelerator.state.destroy_process_group)
+        self._check_launcher()
         self.sharding = Sharding.of(self.accelerator)
         if self.sharding:
             self._check_sharded()
@@ -135,6 +136,14 @@ class Trainer:
         self._divergence: str | None = None
         self.gradient_norms: dict[str, torch.Tensor] = {}  # of the last update, before clipping
         self._prepare()
+
+    def _check_launcher(self) -> None:
+        """Refuse what Accelerate would do to wrapped models: the loop calls the networks themselves."""
+        kind = self.accelerator.distributed_type
+        if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+            raise ValueError(f"The launcher must not use {kind.value}: FSDP2 spreads networks here.")
+        if self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+            logger.warning("`dynamo_backend` of the launcher is ignored: networks are trained as they are.")
 
     def _check_sharded(self) -> None:
         refused = {
@@ -268,15 +277,19 @@ class Trainer:
                     bar.set_postfix({k: f"{v:.4g}" for k, v in losses.items()})
                     self.log(losses)
                 last = self.step == args.max_train_steps
+                saved = last or self.step % args.checkpointing_steps == 0
+                if saved:  # before the pictures, which may ask for more memory than there is
+                    bar.set_description("saving")
+                    self.save_checkpoint()
                 if last or (args.validation_steps and self.step % args.validation_steps == 0):
                     bar.set_description("sampling")
                     self.write_samples()
-                stopping = self.stopping()
-                if stopping or last or self.step % args.checkpointing_steps == 0:
-                    bar.set_description("saving")
-                    self.save_checkpoint()
+                    if saved and self.save_student is not None:
+                        self.write_about(self.output_dir)
                 bar.set_description("trained" if last else "training", refresh=last)
-                if stopping:
+                if stopping := self.stopping():
+                    if not saved:
+                        self.save_checkpoint()
                     self.leave(stopping)
         bar.close()
         finish_trackers(self.accelerator)
@@ -428,10 +441,7 @@ class Trainer:
         if main:
             if averages:
                 save_file(averages, beside / "ema.safetensors")
-            state = {name: getattr(self, name) for name in _STATE}
-            schedules = {name: scheduler.state_dict() for name, scheduler in self.lr_schedulers.items()}
-            schedules = tree_map_only(torch.Tensor, float, schedules)  # rates of torchao's optimizers
-            write_json(beside / "trainer_state.json", state | {"lr_schedulers": schedules})
+            self.write_state(beside)
         self.accelerator.wait_for_everyone()
         if main:
             if final.exists():
@@ -441,6 +451,13 @@ class Trainer:
                 for old in checkpoints(self.output_dir)[: -self.args.checkpoints_total_limit]:
                     remove_checkpoint(old)
         self.write_student()
+
+    def write_state(self, checkpoint: Path) -> None:
+        """What a checkpoint holds besides tensors."""
+        state = {name: getattr(self, name) for name in _STATE}
+        schedules = {name: scheduler.state_dict() for name, scheduler in self.lr_schedulers.items()}
+        schedules = tree_map_only(torch.Tensor, float, schedules)  # rates of torchao's optimizers
+        write_json(checkpoint / "trainer_state.json", state | {"lr_schedulers": schedules})
 
     def write_student(self) -> None:
         """The student as it stands, into the output folder."""
@@ -470,10 +487,14 @@ class Trainer:
             if self.accelerator.is_main_process:
                 put_aside_old_numbers(folder, self.step)
                 self.save_student(folder)
+        if picture is not None and picture.is_file() and self.accelerator.is_main_process:
+            shutil.copy(picture, folder)
+        self.write_about(folder)
+
+    def write_about(self, folder: Path) -> None:
+        """What the card of a folder is made of, and the card, by the main process."""
         if not self.accelerator.is_main_process:
             return
-        if picture is not None and picture.is_file():
-            shutil.copy(picture, folder)
         write_json(folder / "training_args.json", self.settings)
         numbers = {"steps": self.step, "images_seen": self.images_seen, "seconds": round(self.train_seconds, 1)}
         write_json(folder / RUN_RECORD, self._record | numbers | {"best_distance": self.best_distance})
@@ -575,6 +596,9 @@ class Trainer:
                     log_picture(self.accelerator, self.output_dir / "samples.png", self.step)
                 if self.is_best(values.get("distance", math.inf)) and self.save_student is not None:
                     self.write_folder(self.output_dir / "best", picture=self.output_dir / "samples.png")
+                    written = checkpoint_path(self.output_dir, self.step)
+                    if main and written.is_dir():  # a resumed run knows what is to be beaten
+                        self.write_state(written)
             if self._teacher_hook:
                 self._teacher_hook.offload()
             if main:

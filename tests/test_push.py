@@ -94,7 +94,7 @@ def fresh_process(code, cwd, hub, cache, **environment):
 # pushes
 
 
-def test_push_is_one_commit_of_student_card_metrics_and_pictures(hub, folder):
+def test_push_is_one_commit_of_student_card_metrics_and_pictures(hub, folder, caplog):
     url = push_student(folder, "student")
     repository = hub.repositories["user/student"]
     assert url == f"{hub.endpoint}/user/student/commit/{repository.refs['main']}"
@@ -111,6 +111,13 @@ def test_push_is_one_commit_of_student_card_metrics_and_pictures(hub, folder):
     (folder / "metrics.json").write_text(json.dumps(metrics))
     push_student(folder, "user/student")
     assert len(repository.messages) == 3 and b"1.25" in repository.files()["README.md"]
+    edited = repository.files()["README.md"].replace(b"---\n", b"---\nextra_gated_prompt: Do no harm.\n", 1)
+    repository.commit("main", repository.files() | {"README.md": edited}, "on the Hub")
+    push_student(folder, "student")
+    assert repository.files()["README.md"] == edited and "edited on the Hub" in caplog.text
+    repository.commit("main", repository.files() | {"README.md": b"---\nlicense: mit\n---\n"}, "of a licence alone")
+    push_student(folder, "student")
+    assert b"made by diffusers_onestep" in repository.files()["README.md"]
 
 
 def test_files_of_an_earlier_student_do_not_stay(hub, folder):

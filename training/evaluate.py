@@ -16,16 +16,18 @@ distance of ImageNet features that needs no download, and text-to-image:
         --metrics clip_score diversity
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
 
+import torch
 from diffusers import DiffusionPipeline
 
 from diffusers_onestep import Metrics, OneStepPipeline, OneStepScheduler, Teacher, create_model_card
-from diffusers_onestep.arguments import HubArguments, patient_accelerator, run_script
+from diffusers_onestep.arguments import DTYPES, HubArguments, patient_accelerator, run_script
 from diffusers_onestep.evaluation import AGAINST_IMAGES, METRICS, check_metrics, extract, generate, measure
 from diffusers_onestep.features import EXTRACTORS, load_extractor
 from diffusers_onestep.prompts import read_prompts
@@ -47,6 +49,11 @@ class EvaluateArguments(HubArguments):
         default=None,
         metadata={"help": "Teacher to measure them against, a Hub id, a folder or a shipped name; default: none."},
     )
+    revision: str | None = field(
+        default=None, metadata={"help": "Of the teacher's Hub repository: branch, tag or commit; default: its main."}
+    )
+    variant: str | None = field(default=None, metadata={"help": "Of the teacher's weights, such as fp16."})
+    dtype: str = field(default="fp32", metadata={"help": "fp32, bf16 or fp16: of all models' weights."})
     teacher_steps: list[int] = field(
         default_factory=lambda: [1, 2, 5, 10, 20, 50], metadata={"help": "Steps at which to sample the teacher."}
     )
@@ -95,6 +102,10 @@ class EvaluateArguments(HubArguments):
     )
     seed: int = field(default=0, metadata={"help": "Seed of the noises."})
 
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(f"`dtype` must be one of {list(DTYPES)}, but is {self.dtype!r}.")
+
 
 def model_steps(pipeline: DiffusionPipeline, args: EvaluateArguments) -> list[int | None]:
     """The numbers of steps to sample a model with; None for a student's own."""
@@ -142,10 +153,15 @@ def main(args: EvaluateArguments) -> None:
     if args.pretrained_teacher_model:
         given = {} if args.embedded_guidance is None else {"embedded_guidance": args.embedded_guidance}
         teacher = Teacher.from_pretrained(
-            args.pretrained_teacher_model, device=state.device, resolution=args.resolution, **given
+            args.pretrained_teacher_model,
+            revision=args.revision,
+            variant=args.variant,
+            dtype=DTYPES[args.dtype],
+            resolution=args.resolution,
+            **given,
         )
         model_guidance(teacher.pipeline, args.embedded_guidance)
-    students = [OneStepPipeline.from_pretrained(path).to(state.device) for path in args.model]
+    students = [OneStepPipeline.from_pretrained(path, dtype=DTYPES[args.dtype]) for path in args.model]
     fed = [model_guidance(pipeline, args.embedded_guidance) for pipeline in students]
     models = [*([teacher] if teacher else []), *students]
     for model in models:  # what can not be sampled or measured is an error now
@@ -160,7 +176,7 @@ def main(args: EvaluateArguments) -> None:
         share = partial(extract, extractor=extractor, all_processes=True)
         reference = Reference.load(args.reference, extractor, args.reference_split, share)
     for model in models:
-        state.prepare_model(network_of(model), evaluation_mode=True)
+        state.prepare_model(network_of(model), device_placement=False, evaluation_mode=True)
     prompts = read_prompts(args.prompts) if args.prompts else None
     if prompts is None and reference and any(takes_prompts(model) for model in models):
         prompts = reference.captions
@@ -179,33 +195,51 @@ def main(args: EvaluateArguments) -> None:
     for steps, guidance_scale in steps_and_scales if teacher else ():
         own = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
         name = "teacher" if len(args.guidance_scale) == 1 else f"teacher, guidance {guidance_scale:g}"
-        samples = sample(teacher, name=name, **own)
+        with on_device(teacher, state.device):
+            samples = sample(teacher, name=name, **own)
         target = target or samples  # what students are to agree with: the teacher at its most steps
-        teacher_rows.insert(0, report(samples, reference, args.metrics, target, state.print))
+        teacher_rows.insert(0, report(samples, reference, args.metrics, target, state.is_main_process))
         pictures = pictures or [sampler(teacher, **own)]
     for name, pipeline, guidance in zip(args.model, students, fed, strict=True):
         for steps in model_steps(pipeline, args):
-            samples = sample(pipeline, name=name, num_inference_steps=steps, resolution=args.resolution, **guidance)
-            student_rows.append(report(samples, reference, args.metrics, target, state.print))
+            with on_device(pipeline, state.device):
+                samples = sample(
+                    pipeline, name=name, num_inference_steps=steps, resolution=args.resolution, **guidance
+                )
+            student_rows.append(report(samples, reference, args.metrics, target, state.is_main_process))
     rows = student_rows + teacher_rows
-    if not state.is_main_process or not rows:
+    if not state.is_main_process or not rows:  # others have shared the sampling, and have no numbers
         return
     print(markdown_table(rows))
     write_metrics(output_dir / "metrics.json", rows, command=command_line() or "")
     quality_plot(rows, output_dir / "quality.png")
     if teacher and students:
         pictures.append(sampler(students[0], num_inference_steps=model_steps(students[0], args)[-1], **fed[0]))
-        comparison_grid(*pictures, *inputs_of(teacher, PICTURES, args.seed, prompts), output_dir / "samples.png")
+        with on_device(teacher, state.device), on_device(students[0], state.device):
+            comparison_grid(*pictures, *inputs_of(teacher, PICTURES, args.seed, prompts), output_dir / "samples.png")
     if in_student:
         create_model_card(output_dir)
     args.push(output_dir)
 
 
-def report(samples, reference, metrics, teacher, say: Callable) -> Metrics:
-    """One row, said at once."""
+@contextmanager
+def on_device(model: Teacher | DiffusionPipeline, device: torch.device) -> Iterator[None]:
+    """Only the model that is sampled is on the device."""
+    pipeline = model.pipeline if isinstance(model, Teacher) else model
+    pipeline.to(device)
+    try:
+        yield
+    finally:
+        pipeline.to("cpu")
+
+
+def report(samples, reference, metrics, teacher, is_main_process: bool) -> Metrics | None:
+    """One row, measured and said at once by the main process."""
+    if not is_main_process:
+        return None
     row = measure(samples, reference, metrics, teacher)
     numbers = ", ".join(f"{name} {stated(score.value, score.error)}" for name, score in row.scores.items())
-    say(f"{row.model}, NFE {row.nfe}: {numbers}", flush=True)
+    print(f"{row.model}, NFE {row.nfe}: {numbers}", flush=True)
     return row
 
 

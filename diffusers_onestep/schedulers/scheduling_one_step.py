@@ -227,6 +227,10 @@ class OneStepScheduler(SchedulerMixin, ConfigMixin):
         alpha, sigma = (v.to(original_samples).reshape(shape) for v in (alpha, sigma))
         return alpha * original_samples + sigma * noise
 
+    def scale_noise(self, sample: torch.Tensor, timestep: float | torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """`add_noise` as the image-to-image pipelines of flow models call it."""
+        return self.add_noise(sample, noise, self._as_batch(timestep, sample))
+
     def _as_batch(self, timestep: float | torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         return torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(sample.shape[0])
 
