@@ -245,7 +245,7 @@ def card_metadata(facts: dict[str, Any]) -> ModelCardData:
     tags = ["diffusers-onestep", "distillation" if facts["teacher"] else None, method and method.lower()]
     if facts["nfe"] == 1:
         tags.append("one-step")
-    dataset = facts["settings"].get("dataset")
+    data = [facts["settings"].get(name) for name in ("dataset", "dataset_name", "pairs")]
     results = [
         EvalResult(
             task_type=task,
@@ -265,7 +265,7 @@ def card_metadata(facts: dict[str, Any]) -> ModelCardData:
         pipeline_tag=task,
         base_model=run.get("base_model"),
         base_model_relation=None if not run.get("base_model") else "adapter" if kind == "solver" else "finetune",
-        datasets=[dataset] if dataset and _is_repo_id(dataset) else None,
+        datasets=[name for name in data if name and _is_repo_id(name)] or None,
         tags=[tag for tag in tags if tag],
         model_name=facts["title"] if results else None,
         eval_results=results or None,

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import time
+from dataclasses import fields
 from pathlib import Path
 
 from .errors import input_errors
@@ -41,6 +42,9 @@ def main(argv: list[str] | None = None) -> None:
     sampling.add_argument("--seed", type=int, default=0, help="of the noises and random labels (default: %(default)s)")
     sampling.add_argument(
         "--output", default="samples.png", help="the picture to write: .png, .jpg or .webp (default: %(default)s)"
+    )
+    sampling.add_argument(
+        "--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the weights (default: %(default)s)"
     )
     sampling.set_defaults(run=sample)
     about = commands.add_parser("info", help="say what a model folder holds")
@@ -119,8 +123,9 @@ def quickstart(
     print(f"Distilling fashion32 into one step with SiD: {max_train_steps} updates of {args.train_batch_size} images.")
     distiller = SiD(teacher, **method)
     train_student(distiller, Batches(Conditions(teacher.encode()), args.train_batch_size, args.seed), args)
-    fresh = OneStepPipeline.from_pretrained(output_dir)
-    shipped = OneStepPipeline.from_pretrained("fashion32-onestep")
+    device = teacher.denoiser.network.device  # where the training has put it
+    fresh = OneStepPipeline.from_pretrained(output_dir).to(device)
+    shipped = OneStepPipeline.from_pretrained("fashion32-onestep").to(device)
     rows = [
         evaluate(teacher, name="teacher", num_inference_steps=n, num_samples=num_samples, seed=1) for n in (1, 5, 50)
     ]
@@ -141,15 +146,18 @@ def sample(
     num_inference_steps: int | None,
     seed: int,
     output: str,
+    dtype: str,
 ) -> None:
     """One picture with all images, ten a row, four of text-to-image students."""
     import torch
 
     from . import OneStepPipeline, Teacher
+    from .arguments import DTYPES
     from .pictures import check_picture, picture, save_grid
 
     check_picture(Path(output), "output")
-    pipeline = OneStepPipeline.from_pretrained(model)
+    pipeline = OneStepPipeline.from_pretrained(model, dtype=DTYPES[dtype])
+    pipeline.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     settings = {"generator": torch.Generator().manual_seed(seed)}
     if num_inference_steps is not None:
         settings["num_inference_steps"] = num_inference_steps
@@ -234,9 +242,19 @@ def plan(flags: list[str]) -> None:
     from .arguments import parse_args
     from .plan import PlanArguments
     from .plan import plan as plan_run
+    from .presets import DMD_PRESETS, SID_PRESETS
 
-    print(plan_run(parse_args(PlanArguments, flags, program="onestep plan")))
-    print("Not counted: text encoders, VAE, the GPU's context, workspaces of its kernels and fragmentation.")
+    planned = {f.name for f in fields(PlanArguments)}
+    presets = {
+        name: {flag: value for flag, value in settings.items() if flag in planned}
+        for name, settings in (DMD_PRESETS if {"dmd", "--method=dmd"} & set(flags) else SID_PRESETS).items()
+        if settings.get("matching_weight") != 0  # compares no scores
+    }
+    print(plan_run(parse_args(PlanArguments, flags, presets, program="onestep plan")))
+    print(
+        "Not counted: text encoders, VAE, perceptual losses, and of the GPU the context, the workspaces of kernels "
+        "and fragmentation."
+    )
 
 
 if __name__ == "__main__":

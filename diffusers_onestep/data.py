@@ -160,7 +160,8 @@ def load_images(dataset: str, split: str = "train") -> LabelledImages:
     caption = next((k for k in CAPTION_COLUMNS if k in rows.features), None)
     if image is None:
         raise ValueError(f"`dataset` must have an image column, but {dataset!r} has {sorted(rows.features)}.")
-    pictures = [np.asarray(picture) for picture in rows[image]]
+    # palettes, transparency and sixteen bits are no values of pixels
+    pictures = [np.asarray(p if p.mode in ("L", "RGB") else p.convert("RGB")) for p in rows[image]]
     if len(shapes := {picture.shape for picture in pictures}) != 1:
         raise ValueError(f"`dataset` must hold images of one shape, but {dataset!r} has {sorted(shapes)}.")
     images = np.stack(pictures)

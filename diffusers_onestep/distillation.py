@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import torch
 from accelerate.utils import set_seed
 from peft import LoraConfig
 
-from .arguments import TrainArguments
+from .arguments import DTYPES, TrainArguments
 from .data import CAPTION_COLUMNS, Conditions, Samples, captions_of, column_of, load_pairs, load_rows, real_images
 from .denoiser import Denoiser, GuidedDenoiser
 from .methods.distances import PERCEPTUAL, Decoded
@@ -63,9 +64,14 @@ class TeacherArguments(TrainArguments):
             self.pretrained_teacher_model,
             revision=self.revision,
             variant=self.variant,
+            dtype=self.weights_dtype(),
             resolution=self.resolution,
             embedded_guidance=self.embedded_guidance,
         )
+
+    def weights_dtype(self) -> torch.dtype | dict[str, torch.dtype]:
+        """In which the teacher is loaded; what is copied to be trained needs float32."""
+        return torch.float32
 
     def guided(self, teacher: Teacher) -> Teacher | GuidedDenoiser:
         """The teacher with `guidance_scale`."""
@@ -236,6 +242,12 @@ class DistillationArguments(StudentArguments):
             self.refuse_prompts()
             return real_images(self.dataset, teacher.sample_shape, teacher.num_labels)
         return super().load_samples(teacher, images=images, pairs=pairs)
+
+    def weights_dtype(self):
+        """Adapters leave the teacher's network as it is: never in float32 if it is not to be."""
+        if self.lora_rank is None or self.teacher_dtype is None:
+            return torch.float32
+        return {"default": torch.float32} | dict.fromkeys(("unet", "transformer"), DTYPES[self.teacher_dtype])
 
     def lora_config(self) -> LoraConfig | None:
         """What the `lora_` flags say."""

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from .cards import create_model_card, is_ours
 from .files import read_json
 from .lora import LORA_WEIGHTS
-from .records import without_secrets
+from .records import look_up_license, without_secrets
 
 logger = logging.get_logger(__name__)
 
@@ -120,6 +120,7 @@ def push_student(
     again += [] if revision is None else ["--revision", revision]
     try:
         name = open_repository(repo_id, private=private, token=token)
+        look_up_license(folder)
         create_model_card(folder, repo_id=name, revision=revision)
         files = student_files(folder)
         _check_secrets(folder, files)

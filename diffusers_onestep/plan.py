@@ -198,6 +198,8 @@ def plan_step(network_config: dict, scheduler: Any, args: PlanArguments, vae_sca
     sample_shape = latent_shape(network, args.resolution, vae_scale)
     batch["x0"] = torch.zeros(args.train_batch_size, *sample_shape)
     options = {"kappas": args.kappas, "sequential": args.sequential} if args.method == "sid" else {}
+    if args.offload_teacher and args.lora_rank is not None:
+        raise ValueError("`offload_teacher` must be off with adapters, which live on the teacher's weights.")
     distiller = METHODS[args.method](
         teacher,
         start_ratio=args.start_ratio,
@@ -229,6 +231,7 @@ def plan_distiller(distiller: ScoreDistiller, batch: dict, args: PlanArguments) 
     networks = networks_of(distiller)
     parts = {name: list(part.parameters()) for name, part in distiller.trainable.items()}
     meter, optimizers = MemoryMeter(), {}
+    frozen = {id(p): p for p in distiller.teacher.parameters()}
     meter.leave_out(tensor for network in networks for tensor in (*network.parameters(), *network.buffers()))
     with meter:
         for name, parameters in parts.items():
@@ -242,6 +245,16 @@ def plan_distiller(distiller: ScoreDistiller, batch: dict, args: PlanArguments) 
             meter.watch_gradient(parameter)
         held = meter.live
         meter.reset()
+        peaks: list[tuple[int, int, int]] = []  # of every update: frozen weights, other bytes, gradients among them
+        uses: list[bool] = []  # of the teacher in an update; offloaded, it is away after each
+
+        def note_peak():
+            here = uses or not args.offload_teacher
+            peaks.append((_bytes(frozen.values()) if here else 0, meter.peak, meter.gradients_at_peak))
+            uses.clear()
+            meter.reset()
+
+        noting = distiller.teacher.network.register_forward_pre_hook(lambda *_: uses.append(True))
         with FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter:
             for name, loss in distiller.updates(batch):
                 loss.backward()
@@ -249,20 +262,22 @@ def plan_distiller(distiller: ScoreDistiller, batch: dict, args: PlanArguments) 
                 optimizers[name].step()
                 for optimizer in optimizers.values():
                     optimizer.zero_grad()
+                note_peak()
+        noting.remove()
         if ema is not None:
             for parameter in parts["student"]:
                 parameter.requires_grad_(True)
             ema.step(parts["student"])
-    frozen = {id(p): p for p in distiller.teacher.parameters()}
+            note_peak()
     averages = _bytes(parts["student"]) if ema is not None else 0
-    gradients = meter.gradients_at_peak
+    frozen_bytes, live, gradients = max(peaks, key=lambda peak: peak[0] + peak[1])
     memory = {
-        "weights, frozen": _bytes(frozen.values()),
+        "weights, frozen": frozen_bytes,
         "weights, trained": sum(map(_bytes, parts.values())),
         "optimizer": held - averages,
         "EMA": averages,
         "gradients": gradients,
-        "activations and temporaries": meter.peak - held - gradients,
+        "activations and temporaries": live - held - gradients,
     }
     counts = {"teacher": frozen.values()} | {f"{name.replace('_', ' ')}, trained": p for name, p in parts.items()}
     return Plan({k: sum(p.numel() for p in v) for k, v in counts.items()}, memory, counter.get_total_flops())

@@ -124,7 +124,7 @@ class PromptEmbeddings:
         teacher (`Teacher`): a text-to-image teacher, whose text encoders are still there.
         prompts (`list[str]`): None stands for no prompt, the teacher's null condition.
         cache_dir (path, *optional*): where embeddings are kept.
-        batch_size (`int`, *optional*, defaults to 16): prompts, or images of 256 x 256 pixels, at a time.
+        batch_size (`int`, *optional*, defaults to 16): prompts at a time.
         device (`torch.device`, *optional*): where to encode; by default where the text encoders are.
     """
 
@@ -210,10 +210,7 @@ class CaptionedLatents:
             images = torch.stack([as_tensor(rows[i][image_column], height, width) for i in places])
             return [{"x0": latents} for latents in teacher.encode_images(images.to(device))]
 
-        # an autoencoder's memory grows with the pixels
-        self.cache.fill(
-            self.keys, encode, max(1, batch_size * 256**2 // max(256**2, height * width)), "encoding images"
-        )
+        self.cache.fill(self.keys, encode, batch_size, "encoding images")
 
     def __len__(self):
         return len(self.prompts)

@@ -15,18 +15,25 @@ from typing import Any
 import psutil
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from diffusers.utils import logging
 from huggingface_hub import ModelCard, get_token, hf_hub_download
 from yaml import YAMLError
 
-from .files import read_json
+from .files import read_json, write_json
 from .methods.base import Paper
 from .repository import resolve_model
+
+logger = logging.get_logger(__name__)
 
 RUN_RECORD = "training_run.json"  # beside training_args.json: what was asked for; here: what it came to
 PACKAGES = ("diffusers-onestep", "torch", "diffusers", "transformers", "torch-fidelity")
 
 HIDDEN = "REDACTED"
-_SECRET_NAME = re.compile(r"(?:^|[_-])(?:token|secret|password|passwd|passphrase|credentials?|(?:api)?key)$", re.I)
+_SECRET_NAME = re.compile(r"(?:^|[_-])(?:token|secret|passphrase|credentials?|(?:api)?key)$|passw(?:or)?d$", re.I)
+_SECRET_IN_URL = re.compile(
+    r"([?&](?:[\w-]*(?:token|key|secret|passw(?:or)?d|signature)|sig|x-amz-[\w-]+)=)[^&\s\"']+", re.I
+)
 _SECRET_SHAPE = re.compile(
     r"\bhf_\w{20,}|\bsk-[\w-]{20,}|\bgh[opsu]_\w{20,}|\bgithub_pat_\w{20,}|\bAKIA[A-Z0-9]{16}\b|(?<=://)[^/\s@]+(?=@)"
 )
@@ -34,11 +41,11 @@ _LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
 def without_secrets(text: str) -> str:
-    """`text` with tokens, passwords in URLs and the values of this environment's secret variables hidden."""
+    """`text` with tokens, what is secret in URLs and the values of this environment's secret variables hidden."""
     values = [value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= 8]
     for value in sorted({*values, get_token() or ""} - {""}, key=len, reverse=True):
         text = text.replace(value, HIDDEN)
-    return _SECRET_SHAPE.sub(HIDDEN, text)
+    return _SECRET_SHAPE.sub(HIDDEN, _SECRET_IN_URL.sub(rf"\g<1>{HIDDEN}", text))
 
 
 def without_secret_words(words: list[str]) -> list[str]:
@@ -128,20 +135,33 @@ def run_record(
         license (`str`, *optional*): of a model without a teacher; others inherit theirs.
     """
     on_hub = teacher is not None and not Path(resolve_model(teacher)).is_dir()
+    inherited = license_of(teacher, revision) if teacher else {"license": license} if license else {}
+    if on_hub and not inherited:
+        logger.warning(f"The licence of {teacher!r} could not be read: a push will look for it again.")
     return {
         "method": method,
         "paper": asdict(paper),
         "teacher": teacher,
         "base_model": teacher if on_hub else None,
         "revision": revision,
-        "license": license_of(teacher, revision) if teacher else {"license": license} if license else {},
+        "license": inherited,
     } | provenance(command_line())
 
 
+def look_up_license(folder: Path) -> None:
+    """Note the licence of a folder's teacher, if the run that made it could not read it."""
+    path = folder / RUN_RECORD
+    record = read_json(path) if path.is_file() else {}
+    lost = record.get("base_model") and not record.get("license")
+    if lost and (found := license_of(record["base_model"], record.get("revision"))):
+        write_json(path, record | {"license": found})
+
+
 def provenance(command: str) -> dict[str, Any]:
-    """What numbers were measured with: command, versions, hardware."""
+    """What numbers were measured with: command, precision, versions, hardware."""
     return {
         "command": command,
+        "mixed_precision": AcceleratorState().mixed_precision if AcceleratorState._shared_state else None,
         "versions": {"python": platform.python_version()} | _versions(PACKAGES),
         "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
         f"{PartialState().num_processes} processes with {torch.get_num_threads()} threads each, "

@@ -85,6 +85,8 @@ class Teacher:
             if isinstance(part, nn.Module) and name != self.network_name:
                 part.requires_grad_(False).eval()
         self.resolution = self.family.size(pipeline, resolution)
+        if self.resolution[0] * self.resolution[1] > 256**2:
+            pipeline.vae.enable_slicing()  # one image at a time: its memory grows with the pixels
         height, width = (side // pipeline.vae_scale_factor for side in self.resolution)
         self.sample_shape = (self.family.latent_channels(network), height, width)
 
@@ -95,7 +97,7 @@ class Teacher:
         *,
         revision: str | None = None,
         variant: str | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | dict[str, torch.dtype] = torch.float32,
         device: str | torch.device | None = None,
         resolution: int | tuple[int, int] | None = None,
         embedded_guidance: float = 3.5,
@@ -106,8 +108,8 @@ class Teacher:
             path_or_id (`str`): a Hub id, a folder, or the name of a shipped teacher.
             revision (`str`, *optional*): of the Hub repository.
             variant (`str`, *optional*): of the weights, such as `"fp16"`.
-            dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of the weights; arithmetic outside the
-                network is float32 all the same.
+            dtype (`torch.dtype` or `dict`, *optional*, defaults to `torch.float32`): of the weights, or of those of
+                parts of the pipeline by name; arithmetic outside the network is float32 all the same.
             device (`str` or `torch.device`, *optional*): where to put it.
             resolution, embedded_guidance: as the class takes them.
         """

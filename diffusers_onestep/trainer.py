@@ -508,7 +508,8 @@ class Trainer:
         named = (
             {"pretrained_teacher_model": origin.name, "revision": origin.revision} if hasattr(origin, "name") else {}
         )
-        return without_secret_settings(named | asdict(self.args) | {"train_batch_size": self._batch_size})
+        effective = {"train_batch_size": self._batch_size, "mixed_precision": self.accelerator.mixed_precision}
+        return without_secret_settings(named | asdict(self.args) | effective)
 
     def start_record(self) -> dict:
         """Method, teacher, command, versions and hardware of this run."""

@@ -16,7 +16,7 @@ from diffusers import ConsistencyModelPipeline, DDPMScheduler
 from huggingface_hub import ModelCard
 from test_dkdm import DIT
 
-from diffusers_onestep import DMD, GuidedDenoiser, OneStepPipeline, Teacher, create_model_card, train
+from diffusers_onestep import DMD, GuidedDenoiser, OneStepPipeline, SiD, Teacher, create_model_card, train
 from diffusers_onestep.arguments import TrainArguments, parse_args
 from diffusers_onestep.cards import TEMPLATE
 from diffusers_onestep.data import Batches, Conditions
@@ -24,7 +24,9 @@ from diffusers_onestep.distillation import DistillationArguments
 from diffusers_onestep.hooks import student_hooks
 from diffusers_onestep.records import (
     command_line,
+    look_up_license,
     provenance,
+    run_record,
     without_secret_settings,
     without_secret_words,
     without_secrets,
@@ -72,6 +74,31 @@ def test_the_gpu_is_named(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     assert provenance("command")["hardware"].endswith(", NVIDIA H100 80GB HBM3")
+
+
+def test_the_data_of_a_run_are_linked(folder):
+    settings = json.loads((folder / "training_args.json").read_text())
+    settings |= {"dataset_name": "user/captioned-images", "pairs": str(folder), "dataset": None}
+    (folder / "training_args.json").write_text(json.dumps(settings))
+    card = ModelCard(create_model_card(folder).read_text())
+    assert card.data.datasets == ["user/captioned-images"]
+
+
+def test_a_licence_that_could_not_be_read_is_looked_up_again(folder, licensed, monkeypatch, caplog):
+    monkeypatch.setattr("diffusers_onestep.records.hf_hub_download", _offline)
+    record = run_record("SiD", SiD.paper, "user/teacher")
+    assert record["license"] == {} and "licence of 'user/teacher' could not be read" in caplog.text
+    (folder / "training_run.json").write_text(json.dumps(record))
+    look_up_license(folder)
+    assert json.loads((folder / "training_run.json").read_text()) == record
+    monkeypatch.setattr("diffusers_onestep.records.hf_hub_download", lambda *_, **__: licensed / "README.md")
+    look_up_license(folder)
+    found = json.loads((folder / "training_run.json").read_text())["license"]
+    assert found == {"license": "creativeml-openrail-m", "gated": True}
+
+
+def _offline(*arguments, **settings):
+    raise OSError("no network")
 
 
 def test_cards_that_are_not_ours_stay(folder, caplog):
@@ -303,6 +330,12 @@ def test_secrets_in_commands_and_settings_are_hidden(monkeypatch):
     assert shown[:7] == ["train.py", "--hub_token", "REDACTED", "--api-key=REDACTED", "WANDB_API_KEY=REDACTED",
                          "--max_token_length", "77"]  # fmt: skip
     assert shown[7:] == ["--tracker", "https://REDACTED@host/x", "--note", "is REDACTED", "--revision", "a" * 40]
+    signed = "https://h/x.npz?part=1&X-Amz-Signature=abc&sig=d&token=e&v=2"
+    assert without_secrets(signed) == (
+        "https://h/x.npz?part=1&X-Amz-Signature=REDACTED&sig=REDACTED&token=REDACTED&v=2"
+    )
+    monkeypatch.setenv("PGPASSWORD", "postgres-password")
+    assert without_secrets("as postgres-password") == "as REDACTED"
     assert without_secrets("hf_" + "x" * 30) == "REDACTED" and without_secrets("hf_hub") == "hf_hub"
     settings = {"hub_token": "x", "seed": 1, "prompts": "0123456789abcdef.txt"}
     assert without_secret_settings(settings) == {"hub_token": None, "seed": 1, "prompts": "REDACTED.txt"}

@@ -87,6 +87,16 @@ def test_a_data_set_of_images_of_many_sizes_is_refused(tmp_path):
         load_images(str(tmp_path))
 
 
+def test_palettes_are_shown_as_their_colours(tmp_path):
+    from PIL import Image
+
+    colours = Image.new("RGB", (8, 8), (0, 204, 51))
+    for number, picture in enumerate([colours, colours.convert("P"), colours.convert("RGBA")]):
+        picture.save(tmp_path / f"{number}.png")
+    images = load_images(str(tmp_path)).images
+    assert images.shape == (3, 3, 8, 8) and (images[:, :, 0, 0] == torch.tensor([0, 204, 51])).all()
+
+
 def test_the_first_of_several_captions_is_the_image_s(tmp_path):
     from datasets import Dataset
     from PIL import Image

@@ -8,6 +8,7 @@ import torch
 from analytic import gaussian_denoiser, hermite_grid, kinds_of_teachers
 from conftest import tiny_unet
 from diffusers import DDPMScheduler
+from torch._subclasses.fake_tensor import FakeTensor
 
 from diffusers_onestep import DMD, Denoiser, EDMSchedule, FlowSchedule, GuidedDenoiser, VPSchedule
 from diffusers_onestep.denoiser import predict_x0
@@ -403,6 +404,22 @@ def test_i21_regression():
     off = DMD(small_teacher(), regression_weight=0.0, regression_loss=lambda a, b: called.append(1))
     next(off.updates(BATCH | pairs))
     assert not called
+
+
+def test_the_heads_size_costs_no_evaluation():
+    """On a CPU that of FLUX would take half an hour."""
+    teacher, seen = small_teacher(), []
+
+    def note(module, inputs, output):
+        if isinstance(module, torch.nn.Conv2d):
+            seen.append(type(output))
+
+    handle = torch.nn.modules.module.register_module_forward_hook(note)
+    distiller = DMD(teacher, gan_weight=1e-3)
+    handle.remove()
+    assert set(seen) == {FakeTensor}
+    assert {type(table) for table in teacher.schedule._tables.values()} == {torch.Tensor}
+    list(distiller.updates(BATCH | {"x0": torch.zeros(4, 1, 16, 16)}))
 
 
 def test_regression_alone_is_a_warm_up():

@@ -26,7 +26,7 @@ from diffusers_onestep.features import FashionCNN, load_extractor
 from diffusers_onestep.pictures import picture
 from diffusers_onestep.reference import Reference
 from diffusers_onestep.reports import Score, markdown_table, quality_plot, write_metrics
-from diffusers_onestep.sampler import evaluations_of, inputs_of, sampler
+from diffusers_onestep.sampler import between_steps, evaluations_of, inputs_of, sampler
 from diffusers_onestep.schedulers import solver_for, student_scheduler
 
 OF_PIXELS = [metric for metric in METRICS if metric not in ("clip_score", "retrieval")]
@@ -160,6 +160,35 @@ def test_text_to_image_models_are_measured_by_prompts(tmp_path):
         evaluate(OneStepPipeline.from_pretrained("fashion32-onestep"), num_samples=2, prompts=prompts)
 
 
+def test_no_safety_checker_blackens_what_is_measured(tmp_path):
+    pipe, clip = tiny_stable_diffusion(tmp_path)
+    asked = {"prompts": ["a cat"], "num_inference_steps": 1, "num_samples": 2}
+    before = generate(pipe, clip, **asked).features
+    pipe.register_modules(safety_checker=pipe.text_encoder)  # any module
+    pipe.run_safety_checker = lambda image, device, dtype: (
+        (image, None) if pipe.safety_checker is None else (torch.zeros_like(image), [True])
+    )
+    assert torch.equal(generate(pipe, clip, **asked).features, before) and pipe.safety_checker is not None
+
+
+def test_noise_between_steps_is_not_that_of_the_start():
+    pipe = OneStepPipeline(tiny_unet(), student_scheduler(DDPMScheduler(), "epsilon", [999, 749, 499], 1.0))
+    pipe.set_progress_bar_config(disable=True)
+    added, add = [], pipe.scheduler.step
+
+    def step(output, t, sample, generator=None, **settings):
+        result = add(output, t, sample, generator=generator, **settings)
+        alpha = pipe.scheduler.alphas_cumprod[749] if len(added) == 0 else pipe.scheduler.alphas_cumprod[499]
+        prev_sample, x0 = result
+        added.append((prev_sample - alpha.sqrt() * x0) / (1 - alpha).sqrt())
+        return result
+
+    pipe.scheduler.step = step
+    noise, cond = inputs_of(pipe, 4, 0, None)
+    sampler(pipe)(noise, cond, between_steps(0, 0))
+    assert all((a - noise).abs().mean() > 0.5 for a in added[:2]) and len(added) == 3
+
+
 @pytest.mark.parametrize("name, nfe", [("fashion32", 3), ("fashion-edm", 5)])
 def test_a_model_of_many_steps_is_sampled_as_its_teacher_is(name, nfe):
     """By DDIM, or Heun's method, from the same noises: a model agrees with itself."""
@@ -261,6 +290,11 @@ def test_captioned_images_give_prompts_and_what_they_retrieve(tmp_path, monkeypa
     assert (torch.bfloat16, True) in inside
     rows = json.loads((tmp_path / "metrics.json").read_text())["results"]
     assert [(row["model"], row["nfe"]) for row in rows] == [("teacher, guidance 1", 1), ("teacher, guidance 2", 2)]
+    measured = (tmp_path / "metrics.json").read_text()
+    assert json.loads(measured)["mixed_precision"] == "bf16"
+    flags[flags.index("--num_samples") + 1] = 2
+    run_script("evaluate", *flags, "--metrics", "retrieval")
+    assert (tmp_path / "metrics-1.json").read_text() == measured != (tmp_path / "metrics.json").read_text()
     for row in rows:
         found = row["scores"]["recall-at-5-EffNetLite0@64"]
         assert row["value"] == found["value"] == 1.0  # every image finds itself

@@ -273,8 +273,16 @@ def test_references_of_edm_and_adm_are_read_without_pickle(tmp_path):
     np.savez(tmp_path / "edm.npz", mu=mean.numpy(), sigma=covariance.numpy())
     edm = Reference.load(tmp_path / "edm.npz", network)
     assert torch.equal(edm.mean, mean) and edm.features is None
-    np.savez(tmp_path / "adm.npz", arr_0=images.numpy(), mu=np.zeros(2048), sigma=np.zeros((2048, 2048)))
-    assert torch.equal(Reference.load(tmp_path / "adm.npz", network).features, features)
+    # ADM's moments are of the whole data set, its images a part of it
+    np.savez(tmp_path / "adm.npz", arr_0=images.numpy()[:20], mu=mean.numpy(), sigma=covariance.numpy())
+    adm = Reference.load(tmp_path / "adm.npz", network)
+    assert torch.equal(adm.features, features[:20]) and torch.equal(adm.mean, mean) and adm.num_images is None
+    np.savez(tmp_path / "images.npz", arr_0=images.numpy())
+    alone = Reference.load(tmp_path / "images.npz", network)
+    assert torch.equal(alone.features, features) and torch.equal(alone.mean, mean) and alone.num_images == 30
+    np.savez(tmp_path / "other.npz", arr_0=images.numpy(), mu=np.zeros(2048), sigma=np.zeros((2048, 2048)))
+    with pytest.raises(ValueError, match=r"`reference` must have the 128 features of fashion, .* has \(2048,\)"):
+        Reference.load(tmp_path / "other.npz", network)
     np.savez(tmp_path / "code.npz", mu=np.array([Opens(tmp_path / "ran")], dtype=object), sigma=np.zeros(1))
     with pytest.raises(ValueError, match="allow_pickle"):
         Reference.load(tmp_path / "code.npz", network)

@@ -34,6 +34,7 @@ from diffusers_onestep import (
 )
 from diffusers_onestep.arguments import TrainArguments
 from diffusers_onestep.data import Batches, Conditions
+from diffusers_onestep.distillation import DistillationArguments
 from diffusers_onestep.lora import adapted, adapter, merged, save_lora_weights
 from diffusers_onestep.methods.base import normal
 from diffusers_onestep.optimization import checkpoint_gradients
@@ -252,6 +253,19 @@ def test_bf16_trunk_with_float32_adapters_learns(tmp_path):
         moved = [not torch.equal(p, q) for p, q in zip(part.parameters(), start[name], strict=True)]
         assert sum(moved) > 0.9 * len(moved), name
         assert all(p.dtype == torch.float32 and p.isfinite().all() for p in part.parameters())
+
+
+def test_a_trunk_in_bf16_is_loaded_so(tmp_path):
+    tiny_pipeline("sd").save_pretrained(tmp_path / "teacher")
+    flags = {"pretrained_teacher_model": str(tmp_path / "teacher"), "output_dir": "", "resolution": 16}
+    found = {}
+    for rank in (None, RANK):
+        args = DistillationArguments(**flags, teacher_dtype="bf16", lora_rank=rank)
+        teacher = args.load_teacher()
+        found[rank] = [getattr(teacher.pipeline, part).dtype for part in ("unet", "vae", "text_encoder")]
+    assert found == {None: [torch.float32] * 3, RANK: [torch.bfloat16, torch.float32, torch.float32]}
+    trained = SiD(teacher, lora=args.lora_config()).trainable.values()
+    assert {p.dtype for part in trained for p in part.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("method", [DMD, SiD])

@@ -90,6 +90,15 @@ def test_bytes_by_purpose():
     assert whole.memory["optimizer"] == pytest.approx(2 * 8 * count, abs=4096)  # and a step count for each tensor
     assert whole.memory["EMA"] == 4 * count and 0 <= whole.memory["gradients"] <= 4 * count
     assert whole.peak == sum(whole.memory.values())
+    # the student's update needs the teacher; where the critic's is the larger one, the teacher is away
+    for gan, saved in ((0.0, 0), (1e-3, 4 * count)):
+        here, away = (
+            plan_step(CONFIG, SCHEDULER, arguments(method="dmd", gan_weight=gan, offload_teacher=flag))
+            for flag in (False, True)
+        )
+        assert here.peak - saved - 1e5 <= away.peak <= here.peak and (away.peak < here.peak) == bool(saved)
+    with pytest.raises(ValueError, match="`offload_teacher` must be off with adapters"):
+        plan_step(CONFIG, SCHEDULER, arguments(lora_rank=4, offload_teacher=True))
     eight = plan_step(CONFIG, SCHEDULER, arguments(optimizer="adamw8bit"))
     assert 2 * 2 * count < eight.memory["optimizer"] < 0.5 * whole.memory["optimizer"]
     lora = plan_step(CONFIG, SCHEDULER, arguments(lora_rank=4, lora_target_modules=["to_q"]))
@@ -178,6 +187,12 @@ def test_config_files_are_enough(configs_only, capsys):
     main(["plan", "--pretrained_teacher_model", str(configs_only), "--method", "dmd", "--train_batch_size", "2"])
     text = capsys.readouterr().out
     assert "peak" in text and "TFLOP" in text and "Not counted" in text
+    flags = ["--pretrained_teacher_model", str(configs_only), "--preset", "cifar10-uncond"]
+    main(["plan", *flags, "--train_batch_size", "2"])
+    assert "fake score, trained" in capsys.readouterr().out
+    with pytest.raises(SystemExit):  # compares no scores
+        main(["plan", *flags[:2], "--method", "dmd", "--preset", "dmd2-sdxl-warmup"])
+    assert "dmd2-sdxl-4step-lora" in capsys.readouterr().err
 
 
 def test_a_hub_id_costs_its_config_files(configs_only, tmp_path):

@@ -1,5 +1,7 @@
 """Prompt embeddings and latents: computed once, kept on disk, and the text encoders let go."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from families import tiny_pipeline
@@ -9,6 +11,8 @@ from diffusers_onestep.data import Batches, captions_of, column_of, load_rows
 from diffusers_onestep.prompts import (
     CaptionedLatents,
     PromptEmbeddings,
+    TensorCache,
+    digest,
     read_prompts,
     text_digest,
 )
@@ -20,6 +24,32 @@ def counting(teacher):
     calls = []
     teacher.pipeline.text_encoder.register_forward_hook(lambda *_: calls.append(1))
     return calls
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_that_start_late_take_their_own_share(ranks, tmp_path, monkeypatch):
+    keys = [digest(str(i)) for i in range(64)]
+    written = []
+    for rank in range(ranks):  # one after another: as late as can be
+        cache = TensorCache(tmp_path)
+        state = SimpleNamespace(
+            process_index=rank, num_processes=ranks, is_main_process=False, wait_for_everyone=stop_waiting
+        )
+        monkeypatch.setattr("diffusers_onestep.prompts.PartialState", lambda state=state, **_: state)
+        monkeypatch.setattr(
+            cache, "write", lambda key, tensors, write=cache.write: written.append(key) or write(key, tensors)
+        )
+        with pytest.raises(Waits):
+            cache.fill(keys, lambda places: [{"x": torch.zeros(1)} for _ in places], 4, "encoding")
+    assert sorted(written) == sorted(keys)  # none twice, none left for all
+
+
+class Waits(Exception):
+    """A rank has done its share."""
+
+
+def stop_waiting():
+    raise Waits
 
 
 def test_embeddings_are_computed_once_and_encoders_freed(tmp_path):

@@ -136,6 +136,9 @@ def test_files_of_an_earlier_student_do_not_stay(hub, folder):
 
 
 def test_branch_and_pull_request(hub, folder):
+    with pytest.raises(ValueError, match="`revision` must be None with `create_pr`"):
+        push_student(folder, "student", revision="dev/one", create_pr=True)
+    assert not hub.repositories
     push_student(folder, "student", revision="dev/one")
     repository = hub.repositories["user/student"]
     assert set(repository.files()) == {".gitattributes"} and set(repository.files("dev/one")) >= STUDENT

@@ -265,6 +265,21 @@ def test_image_to_image_with_a_few_step_student():
     assert other("a cat", image=wide, output_type="np", **settings).images.shape == (1, 16, 32, 3)
 
 
+@pytest.mark.parametrize(
+    "family, kind", [("sd3", diffusers.StableDiffusion3Img2ImgPipeline), ("flux", diffusers.FluxImg2ImgPipeline)]
+)
+def test_image_to_image_with_a_few_step_flow_student(family, kind):
+    pipeline = student(family, [1000.0, 750.0, 500.0, 250.0])
+    calls = []
+    pipeline.transformer.register_forward_hook(lambda *_: calls.append(1))
+    other = kind.from_pipe(pipeline)
+    other.set_progress_bar_config(disable=True)
+    start = torch.rand(1, 3, 16, 16, generator=seeded())
+    settings = {"strength": 0.5, "num_inference_steps": 4, "guidance_scale": 1.0, "generator": seeded()} | SIZE
+    result = other("a cat", image=start, output_type="np", **settings).images
+    assert len(calls) == 2 and np.isfinite(result).all()
+
+
 def test_compiled_without_graph_breaks():
     pipeline = student()
     before = image(pipeline)

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from analytic import gaussian_denoiser
 from conftest import run, run_on_two_ranks, script, tiny_unet
 from PIL import Image
@@ -309,6 +311,33 @@ def test_interrupted_checkpoint_is_absent(tmp_path, monkeypatch):
     monkeypatch.undo()
     train(Scripted(), batches_of(), arguments(tmp_path, max_train_steps=2, resume_from_checkpoint="latest"))
     assert [path.name for path in checkpoints(tmp_path)] == ["step-000002"]
+
+
+def test_pictures_that_fail_lose_nothing(tmp_path):
+    def validate(folder):
+        raise torch.OutOfMemoryError("no room for pictures")
+
+    saved = []
+    with pytest.raises(torch.OutOfMemoryError):
+        train(Scripted(), batches_of(), arguments(tmp_path, max_train_steps=2), save=saved.append, validate=validate)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000002"] and saved == [tmp_path]
+
+
+def test_a_run_gone_on_with_knows_the_best_of_its_last_pictures(tmp_path):
+    distances = iter([3.0, 2.0])
+    options = {"validation_steps": 1, "checkpointing_steps": 2, "max_train_steps": 2}
+    hooks = {
+        "save": lambda folder: folder.mkdir(exist_ok=True),
+        "validate": lambda folder: {"distance": next(distances)},
+    }
+    train(Scripted(), batches_of(), arguments(tmp_path, **options), **hooks)
+    assert json.loads((latest_checkpoint(tmp_path) / "trainer_state.json").read_text())["best_distance"] == 2.0
+
+
+def test_launchers_that_wrap_networks_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.DEEPSPEED)
+    with pytest.raises(ValueError, match="launcher must not use DEEPSPEED: FSDP2 spreads networks here"):
+        Trainer(Scripted(), arguments(tmp_path))
 
 
 def _write_args_then_break(path, content):

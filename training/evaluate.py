@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 
 import torch
@@ -211,7 +211,11 @@ def main(args: EvaluateArguments) -> None:
     if not state.is_main_process or not rows:  # others have shared the sampling, and have no numbers
         return
     print(markdown_table(rows))
-    write_metrics(output_dir / "metrics.json", rows, command=command_line() or "")
+    measured = output_dir / "metrics.json"
+    if measured.is_file():  # other metrics of the same models, perhaps
+        free = (output_dir / f"metrics-{number}.json" for number in count(1))
+        measured.replace(next(path for path in free if not path.exists()))
+    write_metrics(measured, rows, command=command_line() or "")
     quality_plot(rows, output_dir / "quality.png")
     if teacher and students:
         pictures.append(sampler(students[0], num_inference_steps=model_steps(students[0], args)[-1], **fed[0]))

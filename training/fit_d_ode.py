@@ -26,6 +26,7 @@ from diffusers_onestep.methods.dode import nested_teacher, paper
 from diffusers_onestep.prompts import check_prompts, read_prompts
 from diffusers_onestep.records import RUN_RECORD, run_record, without_secret_settings
 from diffusers_onestep.repository import write_repository
+from diffusers_onestep.run_folder import put_aside_old_numbers
 from diffusers_onestep.sampling import dynamic_shift
 from diffusers_onestep.schedulers import SOLVERS, DODESchedulerMixin, distilled_copy, solver_for
 
@@ -194,6 +195,7 @@ def all_conditions(teacher: Teacher, args: FitArguments) -> dict[str, torch.Tens
 def save(scheduler: DODESchedulerMixin, args: FitArguments) -> None:
     """The scheduler, complete or as before."""
     folder = Path(args.output_dir)
+    put_aside_old_numbers(folder)
     (folder / "scheduler").mkdir(parents=True, exist_ok=True)
     beside = folder / ".scheduler.writing"
     scheduler.save_pretrained(beside)

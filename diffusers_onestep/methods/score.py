@@ -5,12 +5,14 @@ in whether gradients flow through the two scores (`methods/dmd.py`, `methods/sid
 """
 
 from abc import abstractmethod
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ..denoiser import Cond, Denoiser, GuidedDenoiser
 from ..lora import trained_part
@@ -313,14 +315,19 @@ class ScoreDistiller(OneStepDistiller):
         return low + u * (high - low) if low.is_floating_point() else low + (u * (high - low + 1)).long()
 
     def _bottleneck_shape(self) -> tuple[int, tuple[int, int]]:
+        """Found by a call that computes nothing: a large network is still on the CPU here."""
         network = self.fake_score.network
-        device = next(network.parameters()).device
+        weight = next(network.parameters())
+        device = weight.device
         x_t = torch.zeros(1, *self.sample_shape, device=device)
         cond = {k: v.to(device) for k, v in self.negative_cond.items()}
         if not cond and getattr(network.config, "num_class_embeds", None) is not None:
             cond = {"class_labels": torch.zeros(1, dtype=torch.long, device=device)}
-        with torch.no_grad():
-            self.fake_score(x_t, self._full(self.student_timesteps[0], x_t), cond)
+        t = self._full(self.student_timesteps[0], x_t)
+        self.fake_score.schedule.alpha_sigma(t)  # tables that are kept are to hold numbers
+        computing = nullcontext() if isinstance(weight, FakeTensor) else FakeTensorMode(allow_non_fake_inputs=True)
+        with torch.no_grad(), computing:
+            self.fake_score(x_t, t, cond)
         features = self._bottleneck.take()
         return features.shape[1], tuple(features.shape[2:])
 
