@@ -10,13 +10,11 @@ import jinja2
 import yaml
 from diffusers.utils import logging
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from .conditions import label_embeddings
 from .files import read_json, write_text
 from .lora import LORA_WEIGHTS
-from .records import RUN_RECORD, without_secrets
+from .records import RUN_RECORD, on_hub, without_secrets
 from .reports import markdown_table
 from .repository import ASSETS, resolve_model
 
@@ -245,7 +243,7 @@ def card_metadata(facts: dict[str, Any]) -> ModelCardData:
     tags = ["diffusers-onestep", "distillation" if facts["teacher"] else None, method and method.lower()]
     if facts["nfe"] == 1:
         tags.append("one-step")
-    data = [facts["settings"].get(name) for name in ("dataset", "dataset_name", "pairs")]
+    data = run.get("datasets", on_hub([facts["settings"].get("dataset")]))
     results = [
         EvalResult(
             task_type=task,
@@ -265,16 +263,8 @@ def card_metadata(facts: dict[str, Any]) -> ModelCardData:
         pipeline_tag=task,
         base_model=run.get("base_model"),
         base_model_relation=None if not run.get("base_model") else "adapter" if kind == "solver" else "finetune",
-        datasets=[name for name in data if name and _is_repo_id(name)] or None,
+        datasets=data or None,
         tags=[tag for tag in tags if tag],
         model_name=facts["title"] if results else None,
         eval_results=results or None,
     )
-
-
-def _is_repo_id(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return not Path(name).exists() and not name.endswith(".npz")

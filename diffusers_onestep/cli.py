@@ -244,10 +244,13 @@ def plan(flags: list[str]) -> None:
     from .plan import plan as plan_run
     from .presets import DMD_PRESETS, SID_PRESETS
 
+    method = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    method.add_argument("--method", default="sid")
+    known = DMD_PRESETS if method.parse_known_args(flags)[0].method == "dmd" else SID_PRESETS
     planned = {f.name for f in fields(PlanArguments)}
     presets = {
         name: {flag: value for flag, value in settings.items() if flag in planned}
-        for name, settings in (DMD_PRESETS if {"dmd", "--method=dmd"} & set(flags) else SID_PRESETS).items()
+        for name, settings in known.items()
         if settings.get("matching_weight") != 0  # compares no scores
     }
     print(plan_run(parse_args(PlanArguments, flags, presets, program="onestep plan")))

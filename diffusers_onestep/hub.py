@@ -127,7 +127,8 @@ def push_student(
         if revision is not None:
             api.create_branch(name, branch=revision, exist_ok=True)
         there = set(api.list_repo_files(name, revision=revision))
-        if "README.md" in there and _is_edited(_remote_card(api, name, revision)):
+        made = is_ours((folder / "README.md").read_text(encoding="utf-8"))  # else somebody wrote it here
+        if made and "README.md" in there and _is_edited(_remote_card(api, name, revision)):
             logger.warning(
                 f"The card of {name} was edited on the Hub and stays as it is; delete it there for a new one."
             )

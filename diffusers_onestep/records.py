@@ -15,9 +15,10 @@ from typing import Any
 import psutil
 import torch
 from accelerate import PartialState
-from accelerate.state import AcceleratorState
 from diffusers.utils import logging
 from huggingface_hub import ModelCard, get_token, hf_hub_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
 from .files import read_json, write_json
@@ -157,11 +158,24 @@ def look_up_license(folder: Path) -> None:
         write_json(path, record | {"license": found})
 
 
+def on_hub(names: Sequence[str | None]) -> list[str]:
+    """Those that name data sets of the Hub, and nothing that is here."""
+    return [name for name in names if name and is_repo_id(name)]
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether `name` may be a repository's, and is no file or folder here."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists() and not name.endswith(".npz")
+
+
 def provenance(command: str) -> dict[str, Any]:
-    """What numbers were measured with: command, precision, versions, hardware."""
+    """What numbers were measured with: command, versions, hardware."""
     return {
         "command": command,
-        "mixed_precision": AcceleratorState().mixed_precision if AcceleratorState._shared_state else None,
         "versions": {"python": platform.python_version()} | _versions(PACKAGES),
         "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
         f"{PartialState().num_processes} processes with {torch.get_num_threads()} threads each, "

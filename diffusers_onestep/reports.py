@@ -84,10 +84,11 @@ def comparison_grid(above: Sampler, below: Sampler, noise: torch.Tensor, cond: d
     save_grid(torch.cat(rows), path, columns, scale=2 if rows[0].shape[-1] <= 64 else 1)
 
 
-def write_metrics(path: Path, rows: list[Metrics], *, command: str) -> None:
-    """Rows as `metrics.json`, with all that it takes to measure them again."""
+def write_metrics(path: Path, rows: list[Metrics], *, command: str, precision: str | None = None) -> None:
+    """Rows as `metrics.json`, with all that it takes to measure them again; `precision` of the networks' calls, where
+    a launcher may have set it."""
     seeds = sorted({row.seed for row in rows})
-    about = provenance(command) | {"seed": seeds[0] if len(seeds) == 1 else seeds}
+    about = provenance(command) | {"precision": precision, "seed": seeds[0] if len(seeds) == 1 else seeds}
     write_json(path, about | {"results": [asdict(row) for row in rows]})
 
 

@@ -40,7 +40,7 @@ from .lora import is_adapted
 from .methods.base import Batch, Distiller, sample_generators
 from .models import cast
 from .optimization import average_gradients, configure_networks, keep_freed_memory, optimizer_class, set_learning_rate
-from .records import RUN_RECORD, run_record, without_secret_settings
+from .records import RUN_RECORD, on_hub, run_record, without_secret_settings
 from .run_folder import (
     checkpoint_path,
     checkpoint_to_go_on_from,
@@ -59,7 +59,8 @@ logger = get_logger(__name__)
 DIVERGED = 1000  # beyond the number of any signal
 ECHO_SECONDS = 2.0  # within which a launcher passes a signal on
 
-_STATE = ("step", "images_seen", "train_seconds", "best_distance")  # what trainer_state.json holds, with the schedules
+# what trainer_state.json holds, with the schedules
+_STATE = ("step", "images_seen", "train_seconds", "best_distance", "sampled_step")
 
 
 def train(
@@ -130,6 +131,7 @@ class Trainer:
         set_seed(args.seed)
         self.step, self.images_seen, self.train_seconds = 0, 0, 0.0
         self.best_distance: float | None = None
+        self.sampled_step = 0  # of the last pictures
         self._stop_signal = None
         self._batch_size = args.train_batch_size
         self._record: dict = {}
@@ -263,6 +265,8 @@ class Trainer:
         start_trackers(accelerator, self.output_dir, self.step, self.settings)
         if self.step >= args.max_train_steps:  # perhaps stopped between the last checkpoint and the student
             self.write_student()
+        if checkpoint and self.shows() and self.sampled_step != self.step:  # or between it and its pictures
+            self.write_samples()
         stream = self.stream(batches)
         bar = tqdm(
             total=args.max_train_steps, initial=self.step, disable=not accelerator.is_main_process, desc="training"
@@ -281,11 +285,9 @@ class Trainer:
                 if saved:  # before the pictures, which may ask for more memory than there is
                     bar.set_description("saving")
                     self.save_checkpoint()
-                if last or (args.validation_steps and self.step % args.validation_steps == 0):
+                if self.shows():
                     bar.set_description("sampling")
                     self.write_samples()
-                    if saved and self.save_student is not None:
-                        self.write_about(self.output_dir)
                 bar.set_description("trained" if last else "training", refresh=last)
                 if stopping := self.stopping():
                     if not saved:
@@ -297,6 +299,11 @@ class Trainer:
             accelerator.print(f"The student and its card are in {self.output_dir}.")
         if accelerator.is_main_process:
             args.push(self.output_dir)
+
+    def shows(self) -> bool:
+        """Whether pictures are due after this step."""
+        every, last = self.args.validation_steps, self.args.max_train_steps
+        return self.step >= last or bool(every and self.step % every == 0)
 
     def train_step(self, micro_batches: list[Batch]) -> dict[str, float]:
         """One student update and all that belongs to it; returns the mean loss of each network."""
@@ -520,7 +527,10 @@ class Trainer:
             getattr(args, "pretrained_teacher_model", None) or getattr(origin, "name", None),
             getattr(args, "revision", None) or getattr(origin, "revision", None),
             getattr(args, "license", None),
-        ) | {"guidance_scale": getattr(self.distiller.teacher, "guidance_scale", 1.0)}
+        ) | {
+            "guidance_scale": getattr(self.distiller.teacher, "guidance_scale", 1.0),
+            "datasets": on_hub([getattr(args, name, None) for name in ("dataset", "dataset_name", "pairs")]),
+        }
 
     def resume(self, path: Path) -> None:
         """Load a checkpoint: its weights and moments, to go on by this run's rates, betas, epsilon and decay."""
@@ -534,7 +544,7 @@ class Trainer:
         self.distiller.load_state(path, self.accelerator.process_index, self.accelerator.num_processes)
         state = json.loads((path / "trainer_state.json").read_text())
         for name in _STATE:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, state["step"]))  # earlier releases had no `sampled_step`
         if self.sharding:
             self._resume_sharded(path)
         for name, scheduler in self.lr_schedulers.items():
@@ -597,15 +607,18 @@ class Trainer:
                     log_picture(self.accelerator, self.output_dir / "samples.png", self.step)
                 if self.is_best(values.get("distance", math.inf)) and self.save_student is not None:
                     self.write_folder(self.output_dir / "best", picture=self.output_dir / "samples.png")
-                    written = checkpoint_path(self.output_dir, self.step)
-                    if main and written.is_dir():  # a resumed run knows what is to be beaten
-                        self.write_state(written)
             if self._teacher_hook:
                 self._teacher_hook.offload()
             if main:
                 if values:
                     self.write_log(values)
                 self.draw_health()
+        self.sampled_step = self.step
+        written = checkpoint_path(self.output_dir, self.step)
+        if main and written.is_dir():  # a resumed run knows that they are there, and what is to be beaten
+            self.write_state(written)
+            if self.save_student is not None:
+                self.write_about(self.output_dir)
         self.accelerator.wait_for_everyone()
 
     def is_best(self, distance: float) -> bool:

@@ -25,6 +25,7 @@ from diffusers_onestep.hooks import student_hooks
 from diffusers_onestep.records import (
     command_line,
     look_up_license,
+    on_hub,
     provenance,
     run_record,
     without_secret_settings,
@@ -77,11 +78,11 @@ def test_the_gpu_is_named(monkeypatch):
 
 
 def test_the_data_of_a_run_are_linked(folder):
-    settings = json.loads((folder / "training_args.json").read_text())
-    settings |= {"dataset_name": "user/captioned-images", "pairs": str(folder), "dataset": None}
-    (folder / "training_args.json").write_text(json.dumps(settings))
-    card = ModelCard(create_model_card(folder).read_text())
-    assert card.data.datasets == ["user/captioned-images"]
+    assert on_hub(["user/captioned-images", str(folder), None, "images.npz"]) == ["user/captioned-images"]
+    record = json.loads((folder / "training_run.json").read_text())
+    assert record["datasets"] == []
+    (folder / "training_run.json").write_text(json.dumps(record | {"datasets": ["user/captioned-images"]}))
+    assert ModelCard(create_model_card(folder).read_text()).data.datasets == ["user/captioned-images"]
 
 
 def test_a_licence_that_could_not_be_read_is_looked_up_again(folder, licensed, monkeypatch, caplog):

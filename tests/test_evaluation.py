@@ -291,7 +291,7 @@ def test_captioned_images_give_prompts_and_what_they_retrieve(tmp_path, monkeypa
     rows = json.loads((tmp_path / "metrics.json").read_text())["results"]
     assert [(row["model"], row["nfe"]) for row in rows] == [("teacher, guidance 1", 1), ("teacher, guidance 2", 2)]
     measured = (tmp_path / "metrics.json").read_text()
-    assert json.loads(measured)["mixed_precision"] == "bf16"
+    assert json.loads(measured)["precision"] == "bf16"
     flags[flags.index("--num_samples") + 1] = 2
     run_script("evaluate", *flags, "--metrics", "retrieval")
     assert (tmp_path / "metrics-1.json").read_text() == measured != (tmp_path / "metrics.json").read_text()

@@ -118,6 +118,11 @@ def test_push_is_one_commit_of_student_card_metrics_and_pictures(hub, folder, ca
     repository.commit("main", repository.files() | {"README.md": b"---\nlicense: mit\n---\n"}, "of a licence alone")
     push_student(folder, "student")
     assert b"made by diffusers_onestep" in repository.files()["README.md"]
+    for words in (b"By hand.\n", b"By hand, again.\n"):  # here
+        text = b"---\nlicense: mit\npipeline_tag: text-to-image\n---\n" + words
+        (folder / "README.md").write_bytes(text)
+        push_student(folder, "student")
+        assert repository.files()["README.md"] == text
 
 
 def test_files_of_an_earlier_student_do_not_stay(hub, folder):

@@ -321,6 +321,12 @@ def test_pictures_that_fail_lose_nothing(tmp_path):
     with pytest.raises(torch.OutOfMemoryError):
         train(Scripted(), batches_of(), arguments(tmp_path, max_train_steps=2), save=saved.append, validate=validate)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-000002"] and saved == [tmp_path]
+    shown = []
+    for _ in range(2):  # the second one has nothing to do
+        hooks = {"save": saved.append, "validate": lambda folder: shown.append(folder) or {}}
+        args = arguments(tmp_path, max_train_steps=2, resume_from_checkpoint="latest")
+        train(Scripted(), batches_of(), args, **hooks)
+    assert shown == [tmp_path]
 
 
 def test_a_run_gone_on_with_knows_the_best_of_its_last_pictures(tmp_path):

@@ -215,7 +215,8 @@ def main(args: EvaluateArguments) -> None:
     if measured.is_file():  # other metrics of the same models, perhaps
         free = (output_dir / f"metrics-{number}.json" for number in count(1))
         measured.replace(next(path for path in free if not path.exists()))
-    write_metrics(measured, rows, command=command_line() or "")
+    precision = state.mixed_precision if args.dtype == "fp32" else args.dtype
+    write_metrics(measured, rows, command=command_line() or "", precision=precision)
     quality_plot(rows, output_dir / "quality.png")
     if teacher and students:
         pictures.append(sampler(students[0], num_inference_steps=model_steps(students[0], args)[-1], **fed[0]))

@@ -435,15 +435,23 @@ class DKDM(Distiller):
         order = goal.argsort(stable=True)  # neighbours stop at nearly one time, so that batches stay full
         total = int((steps - goal).sum())
         with tqdm(total=total, desc="shuffle denoise", unit="eval", disable=not progress_bar) as bar:
+            lost = 0
             for slots in order.split(batch_size):
-                while len(slots := slots[reservoir.r[slots] > goal[slots]]):
+                while len(slots := slots[self._unprepared(slots, goal)]):
                     self.advance(*reservoir.take(slots, generator), generator)
                     bar.update(len(slots))
-        if self.scheme == "synthetic" and (lost := int((reservoir.r < 0).sum())):
-            raise FloatingPointError(
-                f"{lost} of {len(reservoir)} samples of the teacher are not finite. Use `mixed_precision` 'bf16' or "
-                "'no', and a `dtype` of the reservoir that holds its states."
-            )
+                    lost += int((reservoir.r[slots] < 0).sum())
+                    if lost > len(reservoir):
+                        raise FloatingPointError(
+                            f"{lost} trajectories of the teacher were not finite, for {len(reservoir)} samples. Use "
+                            "`mixed_precision` 'bf16' or 'no', and a `dtype` of the reservoir that holds its states."
+                        )
+
+    def _unprepared(self, slots: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
+        """Which slots are not at their goal yet. Of one that overflowed the synthetic scheme needs another sample;
+        elsewhere its first visit starts it anew."""
+        r = self.reservoir.r[slots]
+        return (r > goal[slots]) | (r < 0) if self.scheme == "synthetic" else r > goal[slots]
 
     def advance(self, index, x_t, place, cond, generator: Generators = None):
         """One teacher step of the slots `index`; returns the teacher's output and what it was computed at."""
