@@ -1,10 +1,12 @@
 import dataclasses
 import json
+import re
+import tomllib
 
 import numpy as np
 import pytest
 import torch
-from conftest import run, run_on_two_ranks, run_script, script, tiny_unet
+from conftest import ROOT, run, run_on_two_ranks, run_script, script, tiny_unet
 from datasets import Dataset
 from diffusers import (
     AutoencoderKL,
@@ -365,3 +367,10 @@ def test_files_of_an_earlier_version_still_read(tmp_path):
     write_metrics(tmp_path / "metrics.json", [row], command="here")
     (read,) = json.loads((tmp_path / "metrics.json").read_text())["results"]
     assert Metrics(**read) == row and "0.850 ± 0.040" in markdown_table([Metrics(**read)])
+
+
+def test_the_extra_for_evaluation_is_enough_for_it():
+    """Of what `evaluate.py` imports besides the core: pictures by matplotlib, references by datasets."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {re.match(r"[\w-]+", line).group() for line in project["optional-dependencies"]["metrics"]}
+    assert {"matplotlib", "datasets", "torch-fidelity", "efficientnet-lite-pytorch"} <= names
