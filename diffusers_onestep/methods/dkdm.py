@@ -437,7 +437,7 @@ class DKDM(Distiller):
         with tqdm(total=total, desc="shuffle denoise", unit="eval", disable=not progress_bar) as bar:
             lost = 0
             for slots in order.split(batch_size):
-                while len(slots := slots[self._unprepared(slots, goal)]):
+                while len(slots := slots[reservoir.r[slots] != goal[slots]]):  # what overflowed begins again
                     self.advance(*reservoir.take(slots, generator), generator)
                     bar.update(len(slots))
                     lost += int((reservoir.r[slots] < 0).sum())
@@ -446,12 +446,6 @@ class DKDM(Distiller):
                             f"{lost} trajectories of the teacher were not finite, for {len(reservoir)} samples. Use "
                             "`mixed_precision` 'bf16' or 'no', and a `dtype` of the reservoir that holds its states."
                         )
-
-    def _unprepared(self, slots: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
-        """Which slots are not at their goal yet. Of one that overflowed the synthetic scheme needs another sample;
-        elsewhere its first visit starts it anew."""
-        r = self.reservoir.r[slots]
-        return (r > goal[slots]) | (r < 0) if self.scheme == "synthetic" else r > goal[slots]
 
     def advance(self, index, x_t, place, cond, generator: Generators = None):
         """One teacher step of the slots `index`; returns the teacher's output and what it was computed at."""
