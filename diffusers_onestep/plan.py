@@ -18,7 +18,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import (
+    flop_registry,
+    register_flop_formula,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from . import schedulers
 from .arguments import DTYPES
@@ -37,13 +42,18 @@ from .teacher import prediction_type_of
 
 METHODS = {"sid": SiD, "dmd": DMD}
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
 # torch's counter knows the same kernels of a GPU only
-_FLOPS = {
-    _CPU_ATTENTION: lambda q, k, v, *args, **kwargs: sdpa_flop_count(q, k, v),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda grad, q, k, v, *args, **kwargs: sdpa_backward_flop_count(grad, q, k, v)
-    ),
-}
+@register_flop_formula(_CPU_ATTENTION)
+def _attention_flops(q, k, v, *args, **kwargs) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+@register_flop_formula(_CPU_ATTENTION_BACKWARD)
+def _attention_backward_flops(grad, q, k, v, *args, **kwargs) -> int:
+    return sdpa_backward_flop_count(grad, q, k, v)
 
 
 @dataclass
@@ -98,11 +108,15 @@ class Plan:
 
 
 class MemoryMeter(TorchDispatchMode):
-    """Bytes of all tensors that are made inside and still alive, and their most."""
+    """Bytes of all tensors that are made inside and still alive, and their most; floating-point operations.
+
+    These are counted here and not by torch's `FlopCounterMode`, which follows modules and so keeps the graph of a call
+    whose output is dropped: the decoder under a GAN's verdict.
+    """
 
     def __init__(self):
         super().__init__()
-        self.live = self.gradients = 0
+        self.live = self.gradients = self.flops = 0
         self.reset()
 
     def reset(self) -> None:
@@ -110,7 +124,10 @@ class MemoryMeter(TorchDispatchMode):
         self.peak, self.gradients_at_peak = self.live, self.gradients
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if (flops := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += flops(*args, **kwargs, out_val=result)
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self.notice(tensor.untyped_storage())
@@ -255,14 +272,13 @@ def plan_distiller(distiller: ScoreDistiller, batch: dict, args: PlanArguments) 
             meter.reset()
 
         noting = distiller.teacher.network.register_forward_pre_hook(lambda *_: uses.append(True))
-        with FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter:
-            for name, loss in distiller.updates(batch):
-                loss.backward()
-                del loss
-                optimizers[name].step()
-                for optimizer in optimizers.values():
-                    optimizer.zero_grad()
-                note_peak()
+        for name, loss in distiller.updates(batch):
+            loss.backward()
+            del loss
+            optimizers[name].step()
+            for optimizer in optimizers.values():
+                optimizer.zero_grad()
+            note_peak()
         noting.remove()
         if ema is not None:
             for parameter in parts["student"]:
@@ -280,7 +296,7 @@ def plan_distiller(distiller: ScoreDistiller, batch: dict, args: PlanArguments) 
         "activations and temporaries": live - held - gradients,
     }
     counts = {"teacher": frozen.values()} | {f"{name.replace('_', ' ')}, trained": p for name, p in parts.items()}
-    return Plan({k: sum(p.numel() for p in v) for k, v in counts.items()}, memory, counter.get_total_flops())
+    return Plan({k: sum(p.numel() for p in v) for k, v in counts.items()}, memory, meter.flops)
 
 
 def without_data(modules: Iterable[nn.Module]) -> None:
