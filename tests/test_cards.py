@@ -219,8 +219,9 @@ def test_metrics_become_model_index_results_and_only_the_students(folder):
     assert "| teacher | 50 | 1.5" in card.text and "Not measured: FID" in card.text
     assert "Measured on h" in card.text  # rows of before `resolution`
     about["results"] = [row | {"resolution": [16, 24]} for row in rows]
-    (folder / "metrics.json").write_text(json.dumps(about))
-    assert "Measured on images of 16 x 24 pixels, on h" in create_model_card(folder).read_text()
+    for precision, said in (("no", "on h, with torch 2"), ("bf16", "on h, in bf16, with torch 2")):
+        (folder / "metrics.json").write_text(json.dumps(about | {"precision": precision}))
+        assert f"Measured on images of 16 x 24 pixels, {said}" in create_model_card(folder).read_text()
 
 
 def test_a_teacher_that_was_measured_at_several_guidance_scales_is_the_teacher(folder):

@@ -949,7 +949,9 @@ def test_the_script_writes_a_scheduler_that_keeps_earlier_tables(fitted_folder):
     kept = diffusers_onestep.DistilledDDIMScheduler.from_pretrained(output, subfolder="scheduler")
     assert kept.fitted_steps == [4, 5]
     assert "| 5 | 5 |" in (output / "README.md").read_text() and (output / "training_args.json").is_file()
+    (output / "metrics.json").write_text("{}")
     run([*command[:-2], "10", "--save_pipeline"])
+    assert not (output / "metrics.json").exists() and (output / "metrics-old.json").is_file()  # of other tables
     pipe = diffusers_onestep.OneStepPipeline.from_pretrained(output)
     assert pipe.scheduler.fitted_steps == [4, 5, 10]
     assert pipe.scheduler.config.dode_tables["5"] == kept.config.dode_tables["5"]

@@ -63,7 +63,11 @@ def test_processes_share_the_sampling_and_find_the_same_numbers(tmp_path):
             else:
                 assert other["error"] == pytest.approx(score["error"], rel=1e-6), name
             assert score["num_samples"] == 60 and len(score["weights"]) == 16 and score["extractor"] == "fashion"
+    # FD uses the moments of all real images, what follows their features, of which the file has 200
+    compared = {name: score["num_reference"] for name, score in rows[0][0]["scores"].items()}
+    assert list(compared.values()) == [10_000, *[200] * 5, None, None, None]
     assert rows[0][1]["scores"]["agreement-fashion"]["value"] == 1  # the teacher with itself
+    assert results[0]["precision"] == "no"
     assert results[0]["seed"] == 0 and {"torch", "diffusers", "python"} <= results[0]["versions"].keys()
 
 

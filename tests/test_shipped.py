@@ -102,6 +102,21 @@ def test_sample_and_info_commands(tmp_path, capsys):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_samples_are_made_in_the_asked_precision_on_the_accelerator(monkeypatch, tmp_path):
+    moved, dtypes, call = [], [], OneStepPipeline.__call__
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(OneStepPipeline, "to", lambda self, device: moved.append(device))
+    monkeypatch.setattr(
+        OneStepPipeline,
+        "__call__",
+        lambda self, *args, **kw: dtypes.append(self.unet.dtype) or call(self, *args, **kw),
+    )
+    main(["sample", "fashion32-onestep", "--dtype", "bf16", "--output", str(tmp_path / "a.png")])
+    assert moved == [torch.device("cuda")] and dtypes == [torch.bfloat16]
+    assert Image.open(tmp_path / "a.png").size == (640, 64)
+
+
 @pytest.mark.parametrize(
     "command, message",
     [

@@ -267,6 +267,11 @@ def test_sizes_that_stock_pipelines_have_no_table_for_are_the_default(family):
     assert student("x", num_inference_steps=1, output_type="np", **call).images.shape[1:3] == (side, side)
 
 
+@pytest.mark.parametrize("resolution, sliced", [(256, False), (512, True)])
+def test_large_images_are_encoded_and_decoded_one_at_a_time(resolution, sliced):
+    assert Teacher(tiny_pipeline("sd"), resolution=resolution).pipeline.vae.use_slicing is sliced
+
+
 def test_pixel_teachers_take_no_prompts(folders, tmp_path):
     with pytest.raises(ValueError, match="`prompts` must be None for a teacher that takes no prompts"):
         run_script("train_sid", *flags(folders, "sd", tmp_path, pretrained_teacher_model="fashion32", resolution=None))
