@@ -7,17 +7,20 @@ its kernels and the fragmentation of its memory.
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import diffusers
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline, UNet2DModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import (
     flop_registry,
     register_flop_formula,
@@ -58,7 +61,7 @@ def _attention_backward_flops(grad, q, k, v, *args, **kwargs) -> int:
 
 @dataclass
 class PlanArguments(DistillationArguments):
-    """The flags of a training script that decide about memory and time, and three more."""
+    """The flags of a training script that decide about memory and time, and a few more."""
 
     output_dir: str = field(default="", metadata={"help": "Ignored."})
     method: str = field(default="sid", metadata={"help": "Method that is planned: sid or dmd."})
@@ -70,6 +73,7 @@ class PlanArguments(DistillationArguments):
         default=None, metadata={"help": "Of SiD: SiD-LSG's guidance, as for train_sid.py."}
     )
     device: str = field(default="cuda", metadata={"help": "cuda or cpu: where the step is to run."})
+    num_processes: int = field(default=1, metadata={"help": "Devices of the run, which share `global_batch_size`."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -87,7 +91,8 @@ class Plan:
     Attributes:
         parameters (`dict[str, int]`): of the teacher, and what is trained of student and fake score.
         memory (`dict[str, int]`): bytes by purpose, which add up to the peak.
-        flops (`int`): floating-point operations of a student update with its fake-score updates, on one device.
+        flops (`int`): floating-point operations of a student update with its fake-score updates, on one device and
+            micro-batch.
     """
 
     parameters: dict[str, int]
@@ -103,7 +108,7 @@ class Plan:
         lines = [f"{'parameters: ' + name:<32}{count / 1e6:12,.1f} M" for name, count in self.parameters.items()]
         lines += [f"{name:<32}{count / 2**30:12.2f} GiB" for name, count in self.memory.items()]
         lines += [f"{'peak':<32}{self.peak / 2**30:12.2f} GiB"]
-        lines += [f"{'per step and device':<32}{self.flops / 1e12:12,.2f} TFLOP"]
+        lines += [f"{'per micro-batch and device':<32}{self.flops / 1e12:12,.2f} TFLOP"]
         return "\n".join(lines)
 
 
@@ -164,6 +169,18 @@ class MemoryMeter(TorchDispatchMode):
 
     def gradient_gone(self, size: int) -> None:
         self.gradients -= size
+
+
+class CUDAAutocast(TorchFunctionMode):
+    """The autocast of the CPU, whose kernels are planned, with CUDA's rule for what the CPU's leaves in half
+    precision: norms and interpolation are computed, and keep their inputs, in float32."""
+
+    IN_FLOAT32 = (F.group_norm, F.layer_norm, F.rms_norm, F.interpolate)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in self.IN_FLOAT32 and torch.is_autocast_enabled("cpu"):
+            args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.float, (args, kwargs))
+        return func(*args, **(kwargs or {}))
 
 
 def plan(args: PlanArguments) -> Plan:
@@ -248,6 +265,10 @@ def plan_distiller(distiller: ScoreDistiller, batch: dict, args: PlanArguments) 
     networks = networks_of(distiller)
     parts = {name: list(part.parameters()) for name, part in distiller.trainable.items()}
     meter, optimizers = MemoryMeter(), {}
+    # the gradients of a first micro-batch live through those that follow, of which one tells all
+    accumulated = args.gradient_accumulation_steps > 1
+    accumulated |= (args.global_batch_size or 0) > args.train_batch_size * args.num_processes
+    micro_batches = 2 if accumulated else 1
     frozen = {id(p): p for p in distiller.teacher.parameters()}
     meter.leave_out(tensor for network in networks for tensor in (*network.parameters(), *network.buffers()))
     with meter:
@@ -272,13 +293,12 @@ def plan_distiller(distiller: ScoreDistiller, batch: dict, args: PlanArguments) 
             meter.reset()
 
         noting = distiller.teacher.network.register_forward_pre_hook(lambda *_: uses.append(True))
-        for name, loss in distiller.updates(batch):
-            loss.backward()
-            del loss
-            optimizers[name].step()
-            for optimizer in optimizers.values():
-                optimizer.zero_grad()
-            note_peak()
+        with CUDAAutocast() if args.device == "cuda" else nullcontext():
+            for name, *_ in zip(*(_backward(distiller.updates(batch)) for _ in range(micro_batches)), strict=True):
+                optimizers[name].step()
+                for optimizer in optimizers.values():
+                    optimizer.zero_grad()
+                note_peak()
         noting.remove()
         if ema is not None:
             for parameter in parts["student"]:
@@ -296,7 +316,15 @@ def plan_distiller(distiller: ScoreDistiller, batch: dict, args: PlanArguments) 
         "activations and temporaries": live - held - gradients,
     }
     counts = {"teacher": frozen.values()} | {f"{name.replace('_', ' ')}, trained": p for name, p in parts.items()}
-    return Plan({k: sum(p.numel() for p in v) for k, v in counts.items()}, memory, meter.flops)
+    return Plan({k: sum(p.numel() for p in v) for k, v in counts.items()}, memory, meter.flops // micro_batches)
+
+
+def _backward(updates: Iterable[tuple[str, torch.Tensor]]) -> Iterator[str]:
+    """A micro-batch's updates, as far as their gradients."""
+    for name, loss in updates:
+        loss.backward()
+        del loss
+        yield name
 
 
 def without_data(modules: Iterable[nn.Module]) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -22,7 +23,15 @@ from diffusers_onestep.cli import main
 from diffusers_onestep.methods.gan import GANHead
 from diffusers_onestep.models import network_from_config
 from diffusers_onestep.optimization import checkpoint_gradients
-from diffusers_onestep.plan import MemoryMeter, PlanArguments, example_cond, plan, plan_distiller, plan_step
+from diffusers_onestep.plan import (
+    CUDAAutocast,
+    MemoryMeter,
+    PlanArguments,
+    example_cond,
+    plan,
+    plan_distiller,
+    plan_step,
+)
 
 CONFIG = {
     "_class_name": "UNet2DConditionModel",
@@ -124,6 +133,40 @@ def test_the_head_of_the_gan_is_counted():
     # those two keep a graph to the network's middle alone, the smaller half: what is behind it is dropped
     saved = "activations and temporaries"
     assert gan.memory[saved] < 2.5 * plain.memory[saved]
+
+
+def test_gradients_live_through_the_micro_batches_that_follow():
+    one = plan_step(CONFIG, SCHEDULER, arguments(train_batch_size=8))
+    count = one.parameters["student, trained"]
+    spread = plan_step(CONFIG, SCHEDULER, arguments(train_batch_size=8, global_batch_size=32, num_processes=4))
+    assert spread.peak == one.peak
+    for flags in ({"gradient_accumulation_steps": 2}, {"gradient_accumulation_steps": 16}, {"global_batch_size": 32}):
+        several = plan_step(CONFIG, SCHEDULER, arguments(train_batch_size=8, **flags))
+        assert several.peak == pytest.approx(one.peak - one.memory["gradients"] + 4 * count, rel=0.01)
+        assert several.memory["gradients"] == 4 * count and several.flops == one.flops
+
+
+def test_cudas_autocast_keeps_norms_in_float32():
+    saved = []
+
+    def kept(tensor):
+        saved.append(tensor.dtype)
+        return tensor
+
+    norm, x = torch.nn.GroupNorm(2, 4), torch.randn(1, 4, 2, 2, requires_grad=True)
+    for mode, dtype in ((nullcontext(), torch.bfloat16), (CUDAAutocast(), torch.float32)):
+        with mode, torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(kept, lambda t: t):
+            saved.clear()
+            assert norm(x.bfloat16()).dtype == dtype == saved[0]
+            assert torch.nn.functional.interpolate(x.bfloat16(), scale_factor=2).dtype == dtype
+    with CUDAAutocast():  # outside of autocast all is as it is
+        assert torch.nn.GroupNorm(2, 4, dtype=torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
+    cpu, cuda = (
+        plan_step(CONFIG, SCHEDULER, arguments(train_batch_size=8, mixed_precision="bf16", device=device)).memory
+        for device in ("cpu", "cuda")
+    )
+    saved = "activations and temporaries"
+    assert 1.15 * cpu[saved] < cuda[saved] < 1.6 * cpu[saved]
 
 
 def test_what_saves_memory_saves_memory():
