@@ -1,5 +1,8 @@
 """Guidance in the score methods against the specification's conventions and numbers, on a tiny Stable Diffusion."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from conftest import tiny_unet
@@ -126,6 +129,25 @@ def test_sequential_path_with_guidance(teacher, batch):
         gradients.append(distiller.student.network.conv_in.weight.grad)
     assert gradients[0].abs().max() > 0
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3 * gradients[0].abs().max().item())
+
+
+def test_conditions_with_drops_do_not_outlive_their_micro_batch(teacher, batch, monkeypatch):
+    distiller, made = SiD(teacher, kappas=1.5), []
+    drop = distiller.fake_score_batch
+
+    def noted(*args):
+        dropped = drop(*args)
+        made.extend(weakref.ref(value) for value in dropped["cond"].values())
+        return dropped
+
+    monkeypatch.setattr(distiller, "fake_score_batch", noted)
+    run = distiller.updates(batch, seeded())
+    name, loss = next(run)
+    assert name == "fake_score"
+    loss.backward()
+    del loss
+    gc.collect()
+    assert made and not any(ref() is not None for ref in made)
 
 
 @pytest.mark.parametrize("kappas", [(1, 2), (1, 2, 3, 4)])

@@ -143,6 +143,7 @@ class ScoreDistiller(OneStepDistiller):
                 with torch.no_grad():
                     reusable = self.generate(learned, generator)
             loss = self.fake_score_loss(reusable, learned, generator)
+            del learned  # other micro-batches come before this one goes on
             yield "fake_score", loss
             del loss
             reusable = None
