@@ -266,9 +266,10 @@ def plan_distiller(distiller: ScoreDistiller, batch: dict, args: PlanArguments) 
     parts = {name: list(part.parameters()) for name, part in distiller.trainable.items()}
     meter, optimizers = MemoryMeter(), {}
     # the gradients of a first micro-batch live through those that follow, of which one tells all
-    accumulated = args.gradient_accumulation_steps > 1
-    accumulated |= (args.global_batch_size or 0) > args.train_batch_size * args.num_processes
-    micro_batches = 2 if accumulated else 1
+    accumulation = args.gradient_accumulation_steps
+    if args.global_batch_size:
+        accumulation = args.global_batch_size // (args.train_batch_size * args.num_processes)
+    micro_batches = 2 if accumulation > 1 else 1
     frozen = {id(p): p for p in distiller.teacher.parameters()}
     meter.leave_out(tensor for network in networks for tensor in (*network.parameters(), *network.buffers()))
     with meter:

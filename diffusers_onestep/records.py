@@ -6,7 +6,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -159,17 +159,14 @@ def look_up_license(folder: Path) -> None:
 
 
 def on_hub(names: Sequence[str | None]) -> list[str]:
-    """Those that name data sets of the Hub, and nothing that is here."""
-    return [name for name in names if name and is_repo_id(name)]
-
-
-def is_repo_id(name: str) -> bool:
-    """Whether `name` may be a repository's, and is no file or folder here."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return not Path(name).exists() and not name.endswith(".npz")
+    """Those that may name data sets of the Hub, and nothing that is here."""
+    found = []
+    for name in names:
+        if name and not Path(name).exists() and not name.endswith(".npz"):
+            with suppress(HFValidationError):
+                validate_repo_id(name)
+                found.append(name)
+    return found
 
 
 def provenance(command: str) -> dict[str, Any]:
