@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .conditions import label_embeddings
 from .files import read_json, write_text
 from .lora import LORA_WEIGHTS
-from .records import RUN_RECORD, on_hub, without_secrets
+from .records import CONVERSION_RECORD, RUN_RECORD, on_hub, without_secrets
 from .reports import markdown_table
 from .repository import ASSETS, resolve_model
 
@@ -22,6 +22,7 @@ logger = logging.get_logger(__name__)
 
 TEMPLATE = ASSETS / "template.md"
 _ENDING = re.compile(r"<!-- made by diffusers_onestep: ([0-9a-f]{16})[^>]*-->\s*$")
+_UNRECORDED = "Not recorded: teacher, command, hardware and time."
 _RESTRICTIONS = {
     "openrail": "Its use-based restrictions (Attachment A of the licence) hold for this model and for all that its "
     "users make of it, and must be passed on with it.",
@@ -35,11 +36,12 @@ _RESTRICTIONS = {
 def create_model_card(folder: str | Path, *, repo_id: str | None = None, revision: str | None = None) -> Path:
     """Write the card of a student (or solver, or teacher) from what its folder holds, as `README.md`.
 
-    It is made of the configs, `training_args.json`, `training_run.json`, `metrics.json`, the pictures, and `notes.md`,
-    which is for your own words. A card that was edited by hand is left as it is.
+    It is made of the configs, `training_args.json`, `training_run.json` (of a converted file `conversion.json`),
+    `metrics.json`, the pictures, and `notes.md`, which is for your own words. A card that was edited by hand is left
+    as it is.
 
     Args:
-        folder (`str` or `Path`): what a script of `training/` wrote.
+        folder (`str` or `Path`): what a script of `training/` or `convert` wrote.
         repo_id (`str`, *optional*): what the card's code loads; by default the folder.
         revision (`str`, *optional*): branch that it loads.
 
@@ -57,12 +59,14 @@ def create_model_card(folder: str | Path, *, repo_id: str | None = None, revisio
     PosixPath('fashion32-sid/README.md')
     ```
     """
-    path = Path(folder) / "README.md"
-    if path.is_file() and not is_ours(path.read_text(encoding="utf-8")):
-        if (path.parent / "conversion.json").is_file():
-            logger.warning(f"{path} says where the converted weights are from, with their licence: it stays as it is.")
-        else:
-            logger.warning(f"{path} was edited by hand and stays as it is; delete it to have it made anew.")
+    folder = Path(folder)
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8") if path.is_file() else None
+    recorded = any((folder / record).is_file() for record in (RUN_RECORD, CONVERSION_RECORD))
+    if text is not None and not is_ours(text):
+        logger.warning(f"{path} was edited by hand and stays as it is; delete it to have it made anew.")
+    elif text is not None and not recorded and _UNRECORDED not in text:  # a download
+        logger.warning(f"{path} tells of a run of which {folder} has no {RUN_RECORD}, and stays as it is.")
     else:
         write_text(path, render_card(folder, repo_id or str(folder), revision))
     return path
@@ -107,10 +111,11 @@ class _Row(dict):
 def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str, Any]:
     """What the template tells, read from the folder's files."""
     files = ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json")
-    files += ("training_args.json", RUN_RECORD)
-    index, scheduler, network, settings, run = (
+    files += ("training_args.json", RUN_RECORD, CONVERSION_RECORD)
+    index, scheduler, network, settings, trained, converted = (
         read_json(folder / file) if (folder / file).is_file() else {} for file in files
     )
+    run = trained or converted
     measured = folder / "metrics.json"
     metrics = json.loads(measured.read_text(encoding="utf-8"), object_hook=_Row) if measured.is_file() else _Row()
     if not scheduler:
@@ -130,7 +135,10 @@ def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str
     teacher = run.get("teacher") or next((t["teacher_model"] for t in tables.values() if t.get("teacher_model")), None)
     prompts = "text_encoder" in index or bool(settings.get("prompts"))
     guidance = run.get("guidance_scale") or settings.get("guidance_scale", 1.0)
-    ours_alone = index.get("_class_name") == "OneStepPipeline"  # diffusers' loader finds no such class
+    pixels = prompts or network.get("in_channels") in (None, 1, 3)
+    learned_variance = kind == "model" and network.get("out_channels") != network.get("in_channels")
+    # diffusers' loader finds no such class; its stock pipeline makes pixels alone, and gives DDIM the variances too
+    ours_alone = index.get("_class_name") == "OneStepPipeline" or not pixels or learned_variance
     return {
         "source": _arguments(name, revision),
         "stock_source": _arguments(name, revision, stock=True),
@@ -142,6 +150,7 @@ def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str
         "scheduler_class": scheduler["_class_name"],
         "whole": bool(parts),
         "ours_alone": ours_alone,
+        "pixels": pixels,
         "stock": not ours_alone and {entry[0] for entry in parts.values()} <= {"diffusers", "transformers"},
         "labels": json.dumps([next(iter(names.values()), 0)]) if count else None,
         "prompts": prompts,
@@ -154,6 +163,8 @@ def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str
         "teacher_source": _arguments(teacher or "its teacher", run.get("revision"), stock=True),
         "teacher_shipped": teacher is not None and _is_shipped(teacher),
         "run": run,
+        "unrecorded": _UNRECORDED,
+        "converted": converted,
         "paper": run.get("paper"),
         "bibtex": _bibtex(run["paper"]) if run.get("paper") else None,
         "license": {"license": "unknown"} | run.get("license", {}),
@@ -240,7 +251,8 @@ def card_metadata(facts: dict[str, Any]) -> ModelCardData:
     run, kind = facts["run"], facts["kind"]
     task = "text-to-image" if facts["prompts"] else "unconditional-image-generation"
     method = run.get("method")
-    tags = ["diffusers-onestep", "distillation" if facts["teacher"] else None, method and method.lower()]
+    distilled = facts["teacher"] or kind == "student"
+    tags = ["diffusers-onestep", "distillation" if distilled else None, method and method.lower()]
     if facts["nfe"] == 1:
         tags.append("one-step")
     data = run.get("datasets", on_hub([facts["settings"].get("dataset")]))

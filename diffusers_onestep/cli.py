@@ -210,6 +210,7 @@ def convert(
 
 def info(model: str) -> None:
     """What `model_index.json` and the configs say."""
+    from .records import CONVERSION_RECORD
     from .repository import resolve_model
 
     folder = Path(resolve_model(model))
@@ -224,9 +225,9 @@ def info(model: str) -> None:
     for key in ("student_timesteps", "init_noise_sigma", "original_inference_steps", "num_train_timesteps"):
         if key in scheduler:
             print(f"  {key}: {scheduler[key]}")
-    if (folder / "conversion.json").is_file():
-        source = json.loads((folder / "conversion.json").read_text())
-        print(f"  converted from: {source['file']} ({source['kind']})\n  licence: {source['license']}")
+    if (folder / CONVERSION_RECORD).is_file():
+        source = json.loads((folder / CONVERSION_RECORD).read_text())
+        print(f"  converted from: {source['file']} ({source['kind']})\n  licence: {source['license']['license']}")
 
 
 def push(folder: str, repo_id: str, private: bool, revision: str | None, create_pr: bool) -> None:

@@ -131,7 +131,7 @@ class LabelledImages:
         return {"x0": self.images[places].float() / 127.5 - 1, "cond": cond}
 
 
-def load_images(dataset: str, split: str = "train") -> LabelledImages:
+def load_images(dataset: str, split: str = "train", resolution: int | None = None) -> LabelledImages:
     """Read images with labels or captions into memory.
 
     Args:
@@ -139,6 +139,8 @@ def load_images(dataset: str, split: str = "train") -> LabelledImages:
             what `load_rows` reads, with an image column, a `ClassLabel` column if it has labels, and a column `text`,
             `caption` or `prompt` if it has captions, of which there may be several for an image.
         split (`str`, *optional*, defaults to `"train"`): `"train"` or `"test"`.
+        resolution (`int`, *optional*): side in pixels that the pictures of a data set are brought to, see `upright`;
+            by default they must be of one size.
 
     Raises:
         ValueError: if there are no such images.
@@ -149,6 +151,8 @@ def load_images(dataset: str, split: str = "train") -> LabelledImages:
         arrays = np.load(dataset, allow_pickle=False)
         if f"images_{split}" not in arrays.files:
             raise ValueError(f"`dataset` must hold `images_{split}`, but {dataset!r} holds {arrays.files}.")
+        if resolution is not None:
+            raise ValueError(f"`resolution` must be None for the .npz file {dataset!r}, but is {resolution}.")
         images, labels = arrays[f"images_{split}"], torch.from_numpy(arrays[f"labels_{split}"]).long()
         names = [str(name) for name in arrays["class_names"]]
         return LabelledImages(_channels_first(images), labels, names)
@@ -160,15 +164,31 @@ def load_images(dataset: str, split: str = "train") -> LabelledImages:
     caption = next((k for k in CAPTION_COLUMNS if k in rows.features), None)
     if image is None:
         raise ValueError(f"`dataset` must have an image column, but {dataset!r} has {sorted(rows.features)}.")
-    # palettes, transparency and sixteen bits are no values of pixels
-    pictures = [np.asarray(p if p.mode in ("L", "RGB") else p.convert("RGB")) for p in rows[image]]
+    size = None if resolution is None else (resolution, resolution)
+    pictures = [np.asarray(upright(picture, size)) for picture in rows[image]]
+    if len({picture.ndim for picture in pictures}) != 1:  # some are grey
+        pictures = [picture if picture.ndim == 3 else np.stack([picture] * 3, axis=-1) for picture in pictures]
     if len(shapes := {picture.shape for picture in pictures}) != 1:
-        raise ValueError(f"`dataset` must hold images of one shape, but {dataset!r} has {sorted(shapes)}.")
+        raise ValueError(
+            f"`dataset` must hold images of one shape, but {dataset!r} has {sorted(shapes)}: give a `resolution` "
+            "where there is one, or resize them."
+        )
     images = np.stack(pictures)
     labels = None if label is None else torch.tensor(rows[label])
     names = None if label is None else rows.features[label].names
     captions = None if caption is None else captions_of(rows, caption)
     return LabelledImages(_channels_first(images), labels, names, captions)
+
+
+def upright(picture: Any, size: tuple[int, int] | None = None) -> Any:
+    """A `PIL.Image` as grey or RGB, turned as its camera was; with a `size` (height, width) resized to it (Lanczos),
+    and its middle cut out."""
+    from PIL import Image, ImageOps
+
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode not in ("L", "RGB"):  # palettes, transparency and sixteen bits are no values of pixels
+        picture = picture.convert("RGB")
+    return picture if size is None else ImageOps.fit(picture, size[::-1], Image.Resampling.LANCZOS)
 
 
 def real_images(dataset: str, sample_shape: tuple[int, int, int], num_labels: int | None) -> LabelledImages:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from .data import captions_of
+from .data import captions_of, upright
 from .teacher import Teacher
 
 DEFAULT_CACHE = str(Path(HF_HOME) / "diffusers_onestep")
@@ -242,10 +243,7 @@ class PromptPairs:
         return self.prompts.batch(places) | self.rows[places]
 
 
-def as_tensor(image: Any, height: int, width: int) -> torch.Tensor:
-    """A picture as `(3, height, width)` in [-1, 1], resized and its middle cut out."""
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    image = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (width, height), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+def as_tensor(picture: Any, height: int, width: int) -> torch.Tensor:
+    """A picture as `(3, height, width)` in [-1, 1], see `upright`."""
+    pixels = np.array(upright(picture, (height, width)).convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1

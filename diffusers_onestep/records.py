@@ -28,6 +28,7 @@ from .repository import resolve_model
 logger = logging.get_logger(__name__)
 
 RUN_RECORD = "training_run.json"  # beside training_args.json: what was asked for; here: what it came to
+CONVERSION_RECORD = "conversion.json"  # the same of a published file that was converted
 PACKAGES = ("diffusers-onestep", "torch", "diffusers", "transformers", "torch-fidelity")
 
 HIDDEN = "REDACTED"

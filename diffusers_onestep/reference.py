@@ -62,6 +62,7 @@ class Reference:
         extractor: Extractor,
         split: str = "test",
         extract: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        resolution: int | None = None,
     ) -> "Reference":
         """Read statistics, or make them from images.
 
@@ -73,6 +74,7 @@ class Reference:
             extractor (`Extractor`): that of the images to compare with.
             split (`str`, *optional*, defaults to `"test"`): of a data set.
             extract (callable, *optional*): see `from_images`.
+            resolution (`int`, *optional*): of a data set's images, see `load_images`.
 
         Raises:
             ValueError: if there is no reference, or if it is that of another extractor.
@@ -86,6 +88,8 @@ class Reference:
         name = str(reference)
         path = _from_hub(name) if name.startswith("hf://") else name
         source = Path(name).name if path == name and Path(name).exists() else name  # published: no folders of a user
+        if resolution is not None and path.endswith((".safetensors", ".npz")):
+            raise ValueError(f"`reference` must be a data set for a `resolution` ({resolution}), but is {name!r}.")
         if path.endswith(".safetensors"):
             found = cls._from_safetensors(path, extractor, source)
         elif path.endswith(".npz") and (arrays := _read_npz(path)).keys() & {"mu", "arr_0"}:
@@ -99,8 +103,9 @@ class Reference:
         elif path.endswith((".pkl", ".pt", ".pth")):
             raise ValueError(f"`reference` must be .safetensors, .npz or a data set, never a pickle, but is {name!r}.")
         else:
-            real = load_images(path, split)
-            found = cls.from_images(real.images, extractor, f"{source}, {split}", extract)
+            real = load_images(path, split, resolution)
+            size = "" if resolution is None else f", {resolution} x {resolution}"
+            found = cls.from_images(real.images, extractor, f"{source}, {split}{size}", extract)
             return replace(found, captions=real.captions)
         blank = torch.zeros(1, extractor.channels, 32, 32, dtype=torch.uint8)
         dimension = extractor(blank)[0].shape[1]

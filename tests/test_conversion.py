@@ -1,6 +1,7 @@
 """Published checkpoints to folders, and files that mean harm."""
 
 import copyreg
+import hashlib
 import io
 import json
 import os
@@ -14,10 +15,20 @@ import torch
 from diffusers import AutoencoderKL, UNet2DModel
 from edm_files import SOURCE, module, original_modules, random_weights, write_pickle
 from families import tiny_pipeline
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from test_cards import python_blocks
 from test_edm import GOLDEN, NETWORKS, error
 
-from diffusers_onestep import EDM2UNet2DModel, EDMSchedule, EDMUNet2DModel, OneStepPipeline, Teacher, convert
+from diffusers_onestep import (
+    EDM2UNet2DModel,
+    EDMSchedule,
+    EDMUNet2DModel,
+    OneStepPipeline,
+    Teacher,
+    convert,
+    create_model_card,
+)
 from diffusers_onestep.cli import main
 from diffusers_onestep.conversion.adm import adm_to_stock, stock_settings
 from diffusers_onestep.conversion.dmd2 import told_timesteps
@@ -45,6 +56,20 @@ def network(config, seed=0):
 
 
 @pytest.fixture
+def run_card(tmp_path, monkeypatch):
+    """Runs the code of the card in `tmp_path / "out"` as it stands; returns its names."""
+    monkeypatch.chdir(tmp_path)
+
+    def run():
+        names = {}
+        for code in python_blocks((tmp_path / "out" / "README.md").read_text()):
+            exec(code, names)
+        return names
+
+    return run
+
+
+@pytest.fixture
 def song(tmp_path):
     net, weights = network(SONG | {"augment_dim": 9})
     weights["model.enc.4x4_down.conv0.resample_filter"] = torch.full((1, 1, 2, 2), 0.25)
@@ -52,7 +77,7 @@ def song(tmp_path):
 
 
 @torch.no_grad()
-def test_edm_teacher(song, tmp_path, capsys):
+def test_edm_teacher(song, tmp_path, capsys, run_card):
     net, file = song
     out = tmp_path / "out"
     main(["convert", str(file), str(out)])
@@ -76,13 +101,36 @@ def test_edm_teacher(song, tmp_path, capsys):
     torch.testing.assert_close(teacher.denoiser(x_t, t, {"class_labels": labels}), expected, rtol=1e-4, atol=1e-5)
     samples = teacher.sample(torch.randn(2, 3, 8, 8), teacher.encode([0, 1]), num_inference_steps=3)
     assert samples.isfinite().all()
-    assert "license: cc-by-nc-sa-4.0" in (out / "README.md").read_text()
     assert json.loads((out / "conversion.json").read_text())["kind"] == "edm"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["edm-tiny.pkl", "out"]
+    text = (out / "README.md").read_text()
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    for part in (
+        "license: cc-by-nc-sa-4.0",
+        "from `edm-tiny.pkl` (edm)",
+        "abs/2206.00364",
+        digest,
+        "Commercial use of",
+    ):
+        assert part in text, part
+    assert run_card()["image"].size == (8, 8)
+
+
+def test_a_converted_model_has_the_numbers_that_were_measured_of_it(song, tmp_path):
+    convert(song[1], tmp_path / "out", kind="sid")
+    row = {"model": "out", "nfe": 1, "metric": "fid", "value": 1.92, "error": 0.02, "num_samples": 50000, "seed": 0}
+    row |= {"images_per_second": 100.0, "latency": 0.01}
+    (tmp_path / "out" / "metrics.json").write_text(json.dumps({"results": [row]}))
+    (tmp_path / "out" / "notes.md").write_text("Seen by me.\n")
+    card = ModelCard.load(create_model_card(tmp_path / "out"))
+    assert card.data.license == "apache-2.0" and {"sid", "one-step"} <= set(card.data.tags)
+    assert card.data.eval_results[0].metric_value == 1.92
+    for part in ("Converted from `edm-tiny.pkl` (sid)", "Seen by me.", "1.92"):
+        assert part in card.text, part
 
 
 @torch.no_grad()
-def test_sid_student_samples_as_its_authors_do(song, tmp_path):
+def test_sid_student_samples_as_its_authors_do(song, tmp_path, run_card):
     net, file = song
     assert convert(file, tmp_path / "out", kind="sid") == "sid"
     pipe = OneStepPipeline.from_pretrained(tmp_path / "out")
@@ -101,11 +149,12 @@ def test_sid_student_samples_as_its_authors_do(song, tmp_path):
     assert ((pixels * 255).round().astype("uint8") != theirs.numpy()).mean() < 0.005  # but where rounding decides
     with pytest.raises(ValueError, match="`num_inference_steps` must be 1"):
         pipe(1, num_inference_steps=2)
+    assert run_card()["image"].size == (8, 8)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("wrapper", ["VPPrecond", "VEPrecond", "iDDPMPrecond"])
-def test_baselines(wrapper, tmp_path):
+def test_baselines(wrapper, tmp_path, run_card):
     config, options = dict(SONG), dict(DDPMPP) | {"augment_dim": 0}
     if wrapper == "VEPrecond":
         config |= {"architecture": "ncsnpp"}
@@ -115,6 +164,7 @@ def test_baselines(wrapper, tmp_path):
         config |= {"out_channels": 6}
     net, weights = network(config)
     convert(write_pickle(tmp_path / "a.pkl", wrapper, options, weights), tmp_path / "out")
+    assert run_card()["image"].size == (8, 8)
     teacher = Teacher.from_pretrained(tmp_path / "out")
     x, labels = torch.randn(2, 3, 8, 8), torch.tensor([1, 2])
     if wrapper == "VEPrecond":
@@ -183,7 +233,7 @@ def test_adm_becomes_the_stock_network(tmp_path):
 
 
 @torch.no_grad()
-def test_dmd2_student_on_imagenet(tmp_path):
+def test_dmd2_student_on_imagenet(tmp_path, run_card):
     net, weights = network(OURS_ADM)
     torch.save(OrderedDict(weights), tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text(json.dumps(ADM))
@@ -196,6 +246,7 @@ def test_dmd2_student_on_imagenet(tmp_path):
             str(tmp_path / "config.json"),
         ]
     )
+    assert run_card()["image"].size == (8, 8)
     pipe = OneStepPipeline.from_pretrained(tmp_path / "out")
     z = torch.randn(2, 3, 8, 8)
     x_t, labels = 80 * z, torch.tensor([1, 2])
@@ -209,7 +260,7 @@ def test_dmd2_student_on_imagenet(tmp_path):
 
 
 @torch.no_grad()
-def test_edm2_in_half_precision(tmp_path):
+def test_edm2_in_half_precision(tmp_path, run_card):
     config = SONG | {"in_channels": 3, "out_channels": 3, "attention_head_dim": 16}
     net = EDM2UNet2DModel(**config).eval()
     weights = {k: v.half() for k, v in random_weights(net, "unet").items()}
@@ -219,6 +270,7 @@ def test_edm2_in_half_precision(tmp_path):
     options |= {"num_blocks": 1, "attn_resolutions": [4], "channels_per_head": 16, "use_fp16": True, "sigma_data": 0.5}
     file = write_pickle(tmp_path / "edm2.pkl", "Precond", options, weights, easy=True, encoder=None)
     assert convert(file, tmp_path / "out") == "edm2"
+    assert run_card()["image"].size == (8, 8)
     loaded = Teacher.from_pretrained(tmp_path / "out").denoiser.network
     assert loaded.dtype == torch.float32
     x, t, labels = torch.randn(2, 3, 8, 8), torch.tensor([0.1, -1.0]), torch.tensor([0, 3])
@@ -227,7 +279,7 @@ def test_edm2_in_half_precision(tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("channels, labels", [(4, 4), (4, 0), (3, 4)])
-def test_the_code_of_a_card_makes_images(channels, labels, tmp_path, monkeypatch):
+def test_the_code_of_a_card_makes_images(channels, labels, tmp_path, monkeypatch, run_card):
     """Of a student in EDM2's latents it decodes them; here with a small autoencoder on this machine."""
     config = {"in_channels": channels, "out_channels": channels, "num_class_embeds": labels or None}
     net = EDM2UNet2DModel(**SONG | config | {"attention_head_dim": 16}).eval()
@@ -235,28 +287,25 @@ def test_the_code_of_a_card_makes_images(channels, labels, tmp_path, monkeypatch
     options |= {"channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4], "channels_per_head": 16}
     weights = random_weights(net, "unet")
     convert(write_pickle(tmp_path / "a.pkl", "EDM_2_Precond_Generator", options, weights), tmp_path / "out")
-    code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
     torch.manual_seed(0)
     vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4).eval()
     monkeypatch.setattr(AutoencoderKL, "from_pretrained", {"stabilityai/sd-vae-ft-mse": vae}.__getitem__)
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(code, names)
+    names = run_card()
     if channels == 3:
-        assert [image.size for image in names["images"]] == [(8, 8)] * 2
+        assert names["image"].size == (8, 8)
         return
-    assert ("class_labels" in code) == bool(labels)
+    assert ("class_labels" in (tmp_path / "out" / "README.md").read_text()) == bool(labels)
     deviation, mean = torch.tensor([4.17, 4.62, 3.71, 3.28]), torch.tensor([5.81, 3.25, 0.12, -2.15])
     raw = (names["latents"].movedim(1, -1) / 0.5 * deviation + mean).movedim(-1, 1)
     torch.testing.assert_close(names["images"], vae.decode(raw).sample.clamp(0, 1), rtol=1e-4, atol=1e-5)
-    assert names["images"].shape == (2, 3, 16, 16) and names["images"].std() > 1e-3
+    assert names["images"].shape == (1, 3, 16, 16) and names["images"].std() > 1e-3
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
     "flags", [{"use_new_attention_order": True, "noise_schedule": "cosine"}, {"num_heads": 4}, {}]
 )
-def test_guided_diffusion(flags, tmp_path):
+def test_guided_diffusion(flags, tmp_path, run_card):
     """Weights that are renamed back give the network of EDM's names."""
     heads = flags.get("num_heads")
     net, weights = network(OURS_ADM | {"out_channels": 6, "num_attention_heads": heads})
@@ -269,6 +318,7 @@ def test_guided_diffusion(flags, tmp_path):
     torch.save(guided, tmp_path / "tiny.pt")
     config = flags | {"image_size": 8, "attention_resolutions": "4"}
     convert(tmp_path / "tiny.pt", tmp_path / "out", config=config)
+    assert run_card()["image"].size == (8, 8)
     teacher = Teacher.from_pretrained(tmp_path / "out")
     loaded = teacher.denoiser.network
     assert isinstance(loaded, EDMUNet2DModel if heads else UNet2DModel)
@@ -369,7 +419,7 @@ def test_stock_names_are_complete():
 @pytest.mark.parametrize(
     "name, steps", [("dmd2_sdxl_1step_unet.bin", [399]), ("dmd2_sdxl_4step_unet.bin", [999, 749, 499, 249])]
 )
-def test_text_student(name, steps, tmp_path):
+def test_text_student(name, steps, tmp_path, run_card):
     from diffusers import (
         DDIMScheduler,
         DiffusionPipeline,
@@ -440,6 +490,9 @@ def test_text_student(name, steps, tmp_path):
             noise = torch.randn(x0.shape, generator=generator)
             x_t = products[following].sqrt() * x0 + (1 - products[following]).sqrt() * noise
     assert error(images, x0) < 1e-4 and error(images, x_t) > 0.1
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "license: cc-by-nc-4.0" in text and f"all else is `{tmp_path / 'base'}`'s" in text
+    assert run_card()["image"].size == (8, 8)
 
 
 @pytest.mark.skipif(not NETWORKS, reason="no golden values here")

@@ -78,13 +78,26 @@ def test_the_recipes_pad_what_their_network_can_not_halve(tmp_path, capsys):
         run_script("train_teacher", *flags, tmp_path / "b.npz")
 
 
-def test_a_data_set_of_images_of_many_sizes_is_refused(tmp_path):
+def test_images_of_many_sizes_need_a_resolution(tmp_path):
     from PIL import Image
 
     for side in (8, 16):
         Image.new("L", (side, side)).save(tmp_path / f"{side}.png")
     with pytest.raises(ValueError, match=r"`dataset` must hold images of one shape, but .* \[\(8, 8\), \(16, 16\)\]"):
         load_images(str(tmp_path))
+    assert load_images(str(tmp_path), resolution=8).images.shape == (2, 1, 8, 8)
+    # a photograph on its side: of 32 x 16 pixels the middle 16 are red, and stay
+    wide = Image.new("RGB", (32, 16))
+    wide.paste((204, 0, 0), (8, 0, 24, 16))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the camera was
+    wide.save(tmp_path / "wide.png", exif=turned)
+    images = load_images(str(tmp_path), resolution=8).images
+    assert images.shape == (3, 3, 8, 8)  # grey ones beside coloured ones
+    assert (images[2, :, 2:6].int() - torch.tensor([204, 0, 0]).reshape(3, 1, 1)).abs().max() <= 2
+    np.savez(tmp_path / "a.npz", images_train=np.zeros((1, 8, 8), np.uint8), labels_train=[0], class_names=["a"])
+    with pytest.raises(ValueError, match=r"`resolution` must be None for the \.npz file"):
+        load_images(str(tmp_path / "a.npz"), resolution=8)
 
 
 def test_palettes_are_shown_as_their_colours(tmp_path):

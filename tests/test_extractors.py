@@ -10,6 +10,7 @@ import torch
 import torch_fidelity
 from conftest import training_module
 from hub_server import LocalHub
+from PIL import Image
 from safetensors.torch import save_file
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -245,6 +246,7 @@ def test_the_script_makes_the_reference_of_a_split(tmp_path):
     np.savez(tmp_path / "data.npz", class_names=np.array(["one"]), **arrays, **labels)
     make, network = training_module("make_reference").main, FashionCNN.from_shipped()
     given = {"dataset": str(tmp_path / "data.npz"), "split": "test", "extractor": "fashion", "extractor_weights": None}
+    given |= {"resolution": None}
     make(**given, features=20, output=str(tmp_path / "r.safetensors"))
     read, features = Reference.load(tmp_path / "r.safetensors", network), network(images["test"][:, None])[0]
     for got, expected in zip((read.mean, read.covariance), moments(features), strict=True):
@@ -252,6 +254,17 @@ def test_the_script_makes_the_reference_of_a_split(tmp_path):
     assert read.features.shape == (20, 128) and read.num_images == 30 and read.weights == network.digest()
     with pytest.raises(ValueError, match=r"`output` must end with \.safetensors"):
         make(**given, features=20, output="r.npz")
+    (tmp_path / "pictures").mkdir()
+    for side in (32, 64):  # of several sizes
+        Image.new("L", (side, 48), side).save(tmp_path / "pictures" / f"{side}.png")
+    given |= {"dataset": str(tmp_path / "pictures"), "split": "train", "resolution": 32}
+    make(**given, features=20, output=str(tmp_path / "p.safetensors"))
+    read = Reference.load(tmp_path / "p.safetensors", network)
+    assert (read.num_images, read.source) == (2, "pictures, train, 32 x 32")
+    flat = torch.tensor([32, 64], dtype=torch.uint8).reshape(2, 1, 1, 1).expand(2, 1, 32, 32)
+    torch.testing.assert_close(read.mean, moments(network(flat)[0])[0], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="`reference` must be a data set for a `resolution`"):
+        Reference.load(tmp_path / "p.safetensors", network, resolution=32)
 
 
 def test_folders_of_local_references_are_not_published(tmp_path):

@@ -86,6 +86,10 @@ class EvaluateArguments(HubArguments):
         metadata={"help": "File of make_reference.py, .npz of EDM or ADM, or a data set; default: Fashion-MNIST's."},
     )
     reference_split: str = field(default="test", metadata={"help": "Split of a `reference` that is a data set."})
+    reference_resolution: int | None = field(
+        default=None,
+        metadata={"help": "Pixels to which its images are resized, their middle cut out; default: as they are."},
+    )
     prompts: str | None = field(
         default=None,
         metadata={"help": "Text-to-image: a file of prompts, one a line; default: the reference's captions."},
@@ -174,7 +178,7 @@ def main(args: EvaluateArguments) -> None:
     reference = None
     if {"fd", *AGAINST_IMAGES} & set(args.metrics):
         share = partial(extract, extractor=extractor, all_processes=True)
-        reference = Reference.load(args.reference, extractor, args.reference_split, share)
+        reference = Reference.load(args.reference, extractor, args.reference_split, share, args.reference_resolution)
     for model in models:
         state.prepare_model(network_of(model), device_placement=False, evaluation_mode=True)
     prompts = read_prompts(args.prompts) if args.prompts else None

@@ -9,20 +9,23 @@
 | `dmd2` | DMD2's `.bin` | a student: ImageNet-64 starts at `80 * noise`, text-to-image at a timestep |
 """
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import write_json
+from ..cards import create_model_card
+from ..files import write_json, write_text
+from ..records import CONVERSION_RECORD, run_record
 from .dmd2 import dmd2_imagenet_network, text_student
 from .edm import edm_network
-from .folder import card, digest, pipeline_of
 from .guided_diffusion import guided_diffusion_network
-from .kinds import EDM_WRAPPERS, KINDS, STUDENT_WRAPPERS, kind_of, licence_of
+from .kinds import EDM_WRAPPERS, KINDS, PAPERS, STUDENT_WRAPPERS, kind_of, licence_of
 from .networks import Converted
 from .pickles import first_line, read_checkpoint
+from .pipeline import pipeline_of
 
 
 def convert(
@@ -95,12 +98,15 @@ def convert(
     shutil.rmtree(beside, ignore_errors=True)
     try:
         pipeline.save_pretrained(beside, safe_serialization=True)
-        name, sentence = licence_of(kind, file.name)
-        write_json(
-            beside / "conversion.json",
-            {"kind": kind, "file": file.name, "sha256": digest(file), "license": name, "license_note": sentence},
-        )
-        (beside / "README.md").write_text(card(pipeline, kind, file.name, out.name, notes))
+        licence, sentence = licence_of(kind, file.name)
+        record = run_record(*PAPERS[kind], teacher=None if base is None else str(base))
+        with file.open("rb") as opened:
+            source = {"file": file.name, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
+        source |= {"kind": kind, "license": {"license": licence}, "license_note": sentence}
+        write_json(beside / CONVERSION_RECORD, record | source)
+        if notes:
+            write_text(beside / "notes.md", "\n\n".join(notes) + "\n")
+        create_model_card(beside, repo_id=str(out))
         beside.rename(out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

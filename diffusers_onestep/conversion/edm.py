@@ -20,18 +20,19 @@ from .pickles import StoredModule
 logger = logging.get_logger(__name__)
 
 _VERSION = 6  # of the pickles' layout in all published files
-EDM2_LATENTS = (
-    "The samples are latents of `stabilityai/sd-vae-ft-mse`, scaled channel by channel: `raw = (latent - bias) / "
-    "scale` with `scale = 0.5 / [4.17, 4.62, 3.71, 3.28]` and `bias = -[5.81, 3.25, 0.12, -2.15] * scale`; "
-    "`vae.decode(raw)`, without diffusers' scaling factor, gives images in [0, 1]."
-)
+EDM2_LATENTS = """The samples are latents of `stabilityai/sd-vae-ft-mse`, scaled channel by channel, which are decoded
+without diffusers' scaling factor:
 
-# the same as code
-DECODE_EDM2_LATENTS = """vae = AutoencoderKL.from_pretrained("stabilityai/sd-vae-ft-mse")
+```python
+import torch
+from diffusers import AutoencoderKL
+
+vae = AutoencoderKL.from_pretrained("stabilityai/sd-vae-ft-mse")
 scale = 0.5 / torch.tensor([4.17, 4.62, 3.71, 3.28]).reshape(4, 1, 1)
 bias = -torch.tensor([5.81, 3.25, 0.12, -2.15]).reshape(4, 1, 1) * scale
 with torch.no_grad():
-    images = vae.decode((latents - bias) / scale).sample.clamp(0, 1)"""
+    images = vae.decode((latents - bias) / scale).sample.clamp(0, 1)
+```"""
 
 STOCK_IN_FLOAT64 = (
     "`UNet2DModel` embeds the timestep in float32, also where the network runs in float64: in float32 it agrees with "

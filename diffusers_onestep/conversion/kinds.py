@@ -4,9 +4,34 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..methods.base import Paper
+from ..methods.dmd import DMD2
+from ..methods.pretrain import Pretraining
+from ..methods.sid import SiD
 from .pickles import StoredModule
 
-KINDS = ("edm", "edm2", "guided-diffusion", "sid", "dmd2")
+PAPERS = {  # the method that made a file, and its paper
+    "edm": ("EDM", Pretraining.edm_paper),
+    "edm2": (
+        "EDM2",
+        Paper(
+            title="Analyzing and Improving the Training Dynamics of Diffusion Models",
+            arxiv_id="2312.02696",
+            citation="Karras, Aittala, Lehtinen, Hellsten, Aila, Laine, CVPR 2024",
+        ),
+    ),
+    "guided-diffusion": (
+        "guided-diffusion",
+        Paper(
+            title="Diffusion Models Beat GANs on Image Synthesis",
+            arxiv_id="2105.05233",
+            citation="Dhariwal, Nichol, NeurIPS 2021",
+        ),
+    ),
+    "sid": ("SiD", SiD.paper),
+    "dmd2": ("DMD2", DMD2),
+}
+KINDS = tuple(PAPERS)
 LICENCES = {
     "edm": ("cc-by-nc-sa-4.0", "EDM's weights are CC BY-NC-SA 4.0."),
     "edm2": ("cc-by-nc-sa-4.0", "EDM2's weights are CC BY-NC-SA 4.0."),
