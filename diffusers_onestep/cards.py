@@ -14,15 +14,15 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .conditions import label_embeddings
 from .files import read_json, write_text
 from .lora import LORA_WEIGHTS
-from .records import CONVERSION_RECORD, RUN_RECORD, on_hub, without_secrets
+from .records import on_hub, read_record, without_secrets
 from .reports import markdown_table
 from .repository import ASSETS, resolve_model
 
 logger = logging.get_logger(__name__)
 
 TEMPLATE = ASSETS / "template.md"
-_ENDING = re.compile(r"<!-- made by diffusers_onestep: ([0-9a-f]{16})[^>]*-->\s*$")
-_UNRECORDED = "Not recorded: teacher, command, hardware and time."
+_UNRECORDED = "of no recorded run"
+_ENDING = re.compile(rf"<!-- made by diffusers_onestep(?: {_UNRECORDED})?: ([0-9a-f]{{16}})[^>]*-->\s*$")
 _RESTRICTIONS = {
     "openrail": "Its use-based restrictions (Attachment A of the licence) hold for this model and for all that its "
     "users make of it, and must be passed on with it.",
@@ -38,7 +38,7 @@ def create_model_card(folder: str | Path, *, repo_id: str | None = None, revisio
 
     It is made of the configs, `training_args.json`, `training_run.json` (of a converted file `conversion.json`),
     `metrics.json`, the pictures, and `notes.md`, which is for your own words. A card that was edited by hand is left
-    as it is.
+    as it is, and so is one of a download, whose record of the run was not published.
 
     Args:
         folder (`str` or `Path`): what a script of `training/` or `convert` wrote.
@@ -62,11 +62,12 @@ def create_model_card(folder: str | Path, *, repo_id: str | None = None, revisio
     folder = Path(folder)
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else None
-    recorded = any((folder / record).is_file() for record in (RUN_RECORD, CONVERSION_RECORD))
     if text is not None and not is_ours(text):
         logger.warning(f"{path} was edited by hand and stays as it is; delete it to have it made anew.")
-    elif text is not None and not recorded and _UNRECORDED not in text:  # a download
-        logger.warning(f"{path} tells of a run of which {folder} has no {RUN_RECORD}, and stays as it is.")
+    elif text is not None and not read_record(folder) and _UNRECORDED not in text[_ENDING.search(text).start() :]:
+        logger.warning(
+            f"{path} tells of a run that {folder} has no record of, as a download has none: it stays as it is."
+        )
     else:
         write_text(path, render_card(folder, repo_id or str(folder), revision))
     return path
@@ -93,7 +94,8 @@ def render_card(
     text = re.sub(r"\n{3,}", "\n\n", without_secrets(text)).rstrip() + "\n\n"
     ModelCard(text)  # the Hub client parses metadata and model-index; it raises on what it cannot read
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return f"{text}<!-- made by diffusers_onestep: {digest}; put your own words into notes.md -->\n"
+    source = "" if facts["run"] else f" {_UNRECORDED}"
+    return f"{text}<!-- made by diffusers_onestep{source}: {digest}; put your own words into notes.md -->\n"
 
 
 def is_ours(text: str) -> bool:
@@ -111,11 +113,11 @@ class _Row(dict):
 def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str, Any]:
     """What the template tells, read from the folder's files."""
     files = ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json")
-    files += ("training_args.json", RUN_RECORD, CONVERSION_RECORD)
-    index, scheduler, network, settings, trained, converted = (
+    files += ("training_args.json",)
+    index, scheduler, network, settings = (
         read_json(folder / file) if (folder / file).is_file() else {} for file in files
     )
-    run = trained or converted
+    run = read_record(folder)
     measured = folder / "metrics.json"
     metrics = json.loads(measured.read_text(encoding="utf-8"), object_hook=_Row) if measured.is_file() else _Row()
     if not scheduler:
@@ -127,7 +129,7 @@ def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str
     )
     kind = "solver" if tables else "student" if steps else "model"
     parts = {part: entry for part, entry in index.items() if isinstance(entry, list) and entry[0]}
-    names = index.get("id2label") or network.get("id2label") or run.get("id2label") or {}
+    names = index.get("id2label") or network.get("id2label") or ({} if parts else run.get("id2label")) or {}
     count = len(names) or label_embeddings(network) or run.get("num_labels")
     rows = metrics.results or []
     notes, notice = folder / "notes.md", folder / "NOTICE"
@@ -135,10 +137,14 @@ def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str
     teacher = run.get("teacher") or next((t["teacher_model"] for t in tables.values() if t.get("teacher_model")), None)
     prompts = "text_encoder" in index or bool(settings.get("prompts"))
     guidance = run.get("guidance_scale") or settings.get("guidance_scale", 1.0)
-    pixels = prompts or network.get("in_channels") in (None, 1, 3)
-    learned_variance = kind == "model" and network.get("out_channels") != network.get("in_channels")
+    shapes = [table["sample_shape"] for table in tables.values() if table.get("sample_shape")]
+    channels = network.get("in_channels") or (shapes[0][0] if shapes else None)
+    pixels = prompts or channels in (None, 1, 3)
+    learned_variance = kind != "student" and network.get("out_channels") != network.get("in_channels")
     # diffusers' loader finds no such class; its stock pipeline makes pixels alone, and gives DDIM the variances too
     ours_alone = index.get("_class_name") == "OneStepPipeline" or not pixels or learned_variance
+    base_license = run.get("base_license", {})  # of what a converted U-Net was put into
+    terms = base_license | run.get("license", {})
     return {
         "source": _arguments(name, revision),
         "stock_source": _arguments(name, revision, stock=True),
@@ -161,15 +167,17 @@ def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str
         "stock_guidance": _stock_guidance(index, scheduler, 1.0 if kind == "student" else guidance),
         "teacher": teacher,
         "teacher_source": _arguments(teacher or "its teacher", run.get("revision"), stock=True),
+        "teacher_own_source": _arguments(teacher or "its teacher", run.get("revision")),
         "teacher_shipped": teacher is not None and _is_shipped(teacher),
         "run": run,
-        "unrecorded": _UNRECORDED,
-        "converted": converted,
+        "converted": "sha256" in run,
         "paper": run.get("paper"),
         "bibtex": _bibtex(run["paper"]) if run.get("paper") else None,
         "license": {"license": "unknown"} | run.get("license", {}),
-        "notice": notice.read_text(encoding="utf-8") if notice.is_file() else run.get("license", {}).get("notice"),
-        "restrictions": _restrictions(run.get("license", {})),
+        "notice": notice.read_text(encoding="utf-8") if notice.is_file() else terms.get("notice"),
+        "gated": terms.get("gated"),
+        "base_license": base_license,
+        "restrictions": list(dict.fromkeys(_restrictions(run.get("license", {})) + _restrictions(base_license))),
         "settings": settings,
         "settings_yaml": yaml.safe_dump({k: v for k, v in settings.items() if v is not None}, sort_keys=False).strip(),
         "metrics": metrics,

@@ -145,6 +145,8 @@ def load_images(dataset: str, split: str = "train", resolution: int | None = Non
     Raises:
         ValueError: if there are no such images.
     """
+    if resolution is not None and resolution < 1:
+        raise ValueError(f"`resolution` must be at least 1, but is {resolution}.")
     if dataset.endswith(".npz"):
         if not Path(dataset).is_file():
             raise ValueError(f"`dataset` must be a file or a Hub data set, but {dataset!r} does not exist.")
@@ -170,8 +172,8 @@ def load_images(dataset: str, split: str = "train", resolution: int | None = Non
         pictures = [picture if picture.ndim == 3 else np.stack([picture] * 3, axis=-1) for picture in pictures]
     if len(shapes := {picture.shape for picture in pictures}) != 1:
         raise ValueError(
-            f"`dataset` must hold images of one shape, but {dataset!r} has {sorted(shapes)}: give a `resolution` "
-            "where there is one, or resize them."
+            f"`dataset` must hold images of one shape, but {dataset!r} has {sorted(shapes)}: resize them first "
+            "(a reference: `--resolution` of make_reference.py, `--reference_resolution` of evaluate.py)."
         )
     images = np.stack(pictures)
     labels = None if label is None else torch.tensor(rows[label])

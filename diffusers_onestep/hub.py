@@ -80,8 +80,8 @@ def push_student(
 ) -> str | None:
     """Push a student to the Hub: one commit of the model, its card, metrics and pictures, and nothing else.
 
-    The folder is only read, but for its card, which is made anew with the name of the repository; a card that was
-    edited on the Hub stays there. Files of the same
+    The folder is only read, but for its card, which is made anew with the name of the repository (one that was edited
+    by hand, or downloaded, stays as it is); a card that was edited on the Hub stays there. Files of the same
     model parts, metrics, pictures and adapters that are on the Hub and not in the folder are deleted. Of several
     processes the main one pushes.
 

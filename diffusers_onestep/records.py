@@ -101,14 +101,21 @@ def command_line() -> str | None:
     return shlex.join(without_secret_words(words))
 
 
+def read_record(folder: Path) -> dict[str, Any]:
+    """What a folder says of the training, or else of the conversion, that it is from; empty if nothing."""
+    records = (folder / name for name in (RUN_RECORD, CONVERSION_RECORD))
+    return next((read_json(record) for record in records if record.is_file()), {})
+
+
 def license_of(path_or_id: str, revision: str | None = None) -> dict[str, Any]:
-    """What a model's card, or else the record of its training, says of its licence: `license`, `license_name`,
-    `license_link`, `gated` where users must accept conditions first, and `notice`, the attributions of a folder's
-    NOTICE; empty if nothing can be read."""
+    """What a model's card, or else the record of its training or conversion, says of its licence: `license`,
+    `license_name`, `license_link`, `gated` where users must accept conditions first, and `notice`, the attributions
+    of a folder's NOTICE; empty if nothing can be read."""
     folder = Path(resolve_model(path_or_id))
     notice = {"notice": (folder / "NOTICE").read_text(encoding="utf-8")} if (folder / "NOTICE").is_file() else {}
-    if (folder / RUN_RECORD).is_file() and not (folder / "README.md").is_file():
-        return read_json(folder / RUN_RECORD).get("license", {}) | notice
+    recorded = read_record(folder)
+    if recorded and not (folder / "README.md").is_file():
+        return recorded.get("license", {}) | notice
     try:
         card = folder / "README.md" if folder.is_dir() else hf_hub_download(path_or_id, "README.md", revision=revision)
         data = ModelCard(Path(card).read_text(encoding="utf-8"), ignore_metadata_errors=True).data
@@ -126,8 +133,8 @@ def license_of(path_or_id: str, revision: str | None = None) -> dict[str, Any]:
 def run_record(
     method: str, paper: Paper, teacher: str | None = None, revision: str | None = None, license: str | None = None
 ) -> dict[str, Any]:
-    """What stays the same through a run, for `training_run.json`: method, teacher and its licence, command, versions,
-    hardware.
+    """What stays the same through a run, for `training_run.json`: method, teacher with its licence and what its own
+    conversion noted, command, versions, hardware.
 
     Args:
         method (`str`): its name.
@@ -147,6 +154,7 @@ def run_record(
         "base_model": teacher if on_hub else None,
         "revision": revision,
         "license": inherited,
+        "notes": read_record(Path(resolve_model(teacher))).get("notes", []) if teacher else [],
     } | provenance(command_line())
 
 

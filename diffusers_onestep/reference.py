@@ -61,6 +61,7 @@ class Reference:
         reference: str | os.PathLike | None,
         extractor: Extractor,
         split: str = "test",
+        *,
         extract: Callable[[torch.Tensor], torch.Tensor] | None = None,
         resolution: int | None = None,
     ) -> "Reference":
@@ -79,6 +80,8 @@ class Reference:
         Raises:
             ValueError: if there is no reference, or if it is that of another extractor.
         """
+        if resolution is not None and str(reference).endswith((".safetensors", ".npz", "None")):
+            raise ValueError(f"`resolution` must be None but for a data set of pictures, but is {resolution}.")
         if reference is None:
             if extractor.label not in SHIPPED:
                 raise ValueError(
@@ -88,8 +91,6 @@ class Reference:
         name = str(reference)
         path = _from_hub(name) if name.startswith("hf://") else name
         source = Path(name).name if path == name and Path(name).exists() else name  # published: no folders of a user
-        if resolution is not None and path.endswith((".safetensors", ".npz")):
-            raise ValueError(f"`reference` must be a data set for a `resolution` ({resolution}), but is {name!r}.")
         if path.endswith(".safetensors"):
             found = cls._from_safetensors(path, extractor, source)
         elif path.endswith(".npz") and (arrays := _read_npz(path)).keys() & {"mu", "arr_0"}:

@@ -9,9 +9,11 @@ import pickle
 import struct
 import zipfile
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import training_module
 from diffusers import AutoencoderKL, UNet2DModel
 from edm_files import SOURCE, module, original_modules, random_weights, write_pickle
 from families import tiny_pipeline
@@ -25,17 +27,20 @@ from diffusers_onestep import (
     EDMSchedule,
     EDMUNet2DModel,
     OneStepPipeline,
+    SiD,
     Teacher,
     convert,
     create_model_card,
 )
+from diffusers_onestep.arguments import parse_args
 from diffusers_onestep.cli import main
 from diffusers_onestep.conversion.adm import adm_to_stock, stock_settings
 from diffusers_onestep.conversion.dmd2 import told_timesteps
 from diffusers_onestep.conversion.guided_diffusion import guided_levels, guided_to_edm
-from diffusers_onestep.conversion.kinds import EDM_WRAPPERS, kind_of, licence_of
+from diffusers_onestep.conversion.kinds import EDM_WRAPPERS, kind_of, licence_of, method_of
 from diffusers_onestep.conversion.pickles import StoredModule, UnsafeCheckpointError, read_checkpoint
 from diffusers_onestep.network_calls import network_output
+from diffusers_onestep.records import run_record
 
 DDPMPP = {"img_resolution": 8, "img_channels": 3, "label_dim": 4, "model_channels": 16, "channel_mult": [1, 2]}
 DDPMPP |= {"num_blocks": 1, "attn_resolutions": [4], "augment_dim": 9, "model_type": "SongUNet", "dropout": 0.13}
@@ -67,6 +72,15 @@ def run_card(tmp_path, monkeypatch):
         return names
 
     return run
+
+
+@pytest.fixture
+def small_vae(monkeypatch):
+    """Stands in for the autoencoder of EDM2's latents, which the Hub has."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4).eval()
+    monkeypatch.setattr(AutoencoderKL, "from_pretrained", {"stabilityai/sd-vae-ft-mse": vae}.__getitem__)
+    return vae
 
 
 @pytest.fixture
@@ -113,7 +127,58 @@ def test_edm_teacher(song, tmp_path, capsys, run_card):
         "Commercial use of",
     ):
         assert part in text, part
+    assert text.split("\n# ")[1].startswith("out\n")  # no folders of this machine
     assert run_card()["image"].size == (8, 8)
+
+
+def test_a_folder_named_like_a_shipped_model_is_itself(song, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    convert(song[1], "fashion32")
+    assert "shipped" not in Path("fashion32/README.md").read_text()
+
+
+def test_a_folder_without_its_card_is_no_folder(song, tmp_path, monkeypatch):
+    def fails(folder):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("diffusers_onestep.conversion.create_model_card", fails)
+    with pytest.raises(OSError, match="no space left"):
+        convert(song[1], tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["edm-tiny.pkl"]
+
+
+def test_students_of_a_converted_teacher_have_its_licence_and_notes(song, tmp_path):
+    convert(song[1], tmp_path / "out")
+    path = tmp_path / "out" / "conversion.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"notes": ["Of latents."]}))
+    for _ in range(2):  # by its card, then by the record of its conversion
+        record = run_record("SiD", SiD.paper, str(tmp_path / "out"))
+        assert record["license"] == {"license": "cc-by-nc-sa-4.0"} and record["notes"] == ["Of latents."]
+        (tmp_path / "out" / "README.md").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("latent", [False, True])
+def test_the_card_of_a_solver_of_a_converted_teacher_runs(latent, whole, tmp_path, small_vae, run_card):
+    """Of networks that also give a variance, and of those that make latents."""
+    torch.manual_seed(0)
+    if latent:
+        net = EDM2UNet2DModel(**SONG | {"in_channels": 4, "out_channels": 4, "attention_head_dim": 16})
+        options = {"img_resolution": 8, "img_channels": 4, "label_dim": 4, "model_channels": 16, "num_blocks": 1}
+        options |= {"channel_mult": [1, 2], "attn_resolutions": [4], "channels_per_head": 16}
+        file = write_pickle(tmp_path / "a.pkl", "Precond", options, random_weights(net, "unet"))
+    else:
+        _, weights = network(SONG | {"out_channels": 6})
+        file = write_pickle(tmp_path / "a.pkl", "iDDPMPrecond", DDPMPP | {"augment_dim": 0}, weights)
+    convert(file, tmp_path / "teacher")
+    module = training_module("fit_d_ode")
+    flags = ["--pretrained_teacher_model", str(tmp_path / "teacher"), "--output_dir", str(tmp_path / "out")]
+    flags += ["--solver", "edm-euler" if latent else "ddim", "--num_inference_steps", "4", "--scale", "2"]
+    flags += ["--num_samples", "4", "--num_holdout_samples", "4", *["--save_pipeline"] * whole]
+    module.main(parse_args(module.FitArguments, flags))
+    names = run_card()
+    assert names["latents"].shape == (1, 4, 8, 8) if latent else names["image"].size == (8, 8)
+    assert Path("sample.png").exists() != latent
 
 
 def test_a_converted_model_has_the_numbers_that_were_measured_of_it(song, tmp_path):
@@ -203,6 +268,22 @@ def test_licences_are_those_of_the_weights(kind, name, licence):
     assert licence_of(kind, name)[0] == licence
 
 
+@pytest.mark.parametrize(
+    "kind, name, wrapper, arxiv_id",
+    [
+        ("edm", "edm-cifar10-32x32-uncond-vp.pkl", "EDMPrecond", "2206.00364"),
+        ("edm", "baseline-cifar10-32x32-uncond-ve.pkl", "VEPrecond", "2011.13456"),
+        ("edm", "baseline-cifar10-32x32-cond-ve.pkl", "VEPrecond", "2206.00364"),
+        ("edm", "baseline-imagenet-64x64-cond-adm.pkl", "iDDPMPrecond", "2105.05233"),
+        ("sid", "network-snapshot-1.2-403968.pkl", "EDMPrecond", "2404.04057"),
+        ("sid", "network-snapshot-1.0-1.pkl", "EDMPrecond_EncoderDecoder", "2410.14919"),
+        ("dmd2", "pytorch_model.bin", None, "2405.14867"),
+    ],
+)
+def test_papers_are_those_of_the_weights(kind, name, wrapper, arxiv_id):
+    assert method_of(kind, name, wrapper)[1].arxiv_id == arxiv_id
+
+
 def test_a_baseline_keeps_the_licence_of_its_origin(tmp_path, capsys):
     _, weights = network(SONG | {"out_channels": 6})
     name = "baseline-imagenet-64x64-cond-adm.pkl"
@@ -279,7 +360,7 @@ def test_edm2_in_half_precision(tmp_path, run_card):
 
 @torch.no_grad()
 @pytest.mark.parametrize("channels, labels", [(4, 4), (4, 0), (3, 4)])
-def test_the_code_of_a_card_makes_images(channels, labels, tmp_path, monkeypatch, run_card):
+def test_the_code_of_a_card_makes_images(channels, labels, tmp_path, small_vae, run_card):
     """Of a student in EDM2's latents it decodes them; here with a small autoencoder on this machine."""
     config = {"in_channels": channels, "out_channels": channels, "num_class_embeds": labels or None}
     net = EDM2UNet2DModel(**SONG | config | {"attention_head_dim": 16}).eval()
@@ -287,9 +368,6 @@ def test_the_code_of_a_card_makes_images(channels, labels, tmp_path, monkeypatch
     options |= {"channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4], "channels_per_head": 16}
     weights = random_weights(net, "unet")
     convert(write_pickle(tmp_path / "a.pkl", "EDM_2_Precond_Generator", options, weights), tmp_path / "out")
-    torch.manual_seed(0)
-    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4).eval()
-    monkeypatch.setattr(AutoencoderKL, "from_pretrained", {"stabilityai/sd-vae-ft-mse": vae}.__getitem__)
     names = run_card()
     if channels == 3:
         assert names["image"].size == (8, 8)
@@ -297,7 +375,7 @@ def test_the_code_of_a_card_makes_images(channels, labels, tmp_path, monkeypatch
     assert ("class_labels" in (tmp_path / "out" / "README.md").read_text()) == bool(labels)
     deviation, mean = torch.tensor([4.17, 4.62, 3.71, 3.28]), torch.tensor([5.81, 3.25, 0.12, -2.15])
     raw = (names["latents"].movedim(1, -1) / 0.5 * deviation + mean).movedim(-1, 1)
-    torch.testing.assert_close(names["images"], vae.decode(raw).sample.clamp(0, 1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(names["images"], small_vae.decode(raw).sample.clamp(0, 1), rtol=1e-4, atol=1e-5)
     assert names["images"].shape == (1, 3, 16, 16) and names["images"].std() > 1e-3
 
 
@@ -463,6 +541,10 @@ def test_text_student(name, steps, tmp_path, run_card):
         requires_safety_checker=False,
     )
     base.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "NOTICE").write_text("Drawn by Ada.\n")
+    (tmp_path / "base" / "README.md").write_text(
+        "---\nlicense: creativeml-openrail-m\nextra_gated_prompt: Do no harm.\n---\n# base\n"
+    )
     state = {k: torch.randn_like(v) for k, v in unet.state_dict().items()}
     torch.save({k: v.half() for k, v in state.items()}, tmp_path / name)
     with pytest.raises(ValueError, match="`base` must be the pipeline"):
@@ -491,7 +573,10 @@ def test_text_student(name, steps, tmp_path, run_card):
             x_t = products[following].sqrt() * x0 + (1 - products[following]).sqrt() * noise
     assert error(images, x0) < 1e-4 and error(images, x_t) > 0.1
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "license: cc-by-nc-4.0" in text and f"all else is `{tmp_path / 'base'}`'s" in text
+    for part in ("license: cc-by-nc-4.0", f"all else is `{tmp_path / 'base'}`'s", "under creativeml-openrail-m",
+                 "Commercial use of this model is not allowed", "use-based restrictions", "accept conditions first",
+                 "Drawn by Ada."):  # fmt: skip
+        assert part in text, part
     assert run_card()["image"].size == (8, 8)
 
 

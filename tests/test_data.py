@@ -68,6 +68,8 @@ def test_load_npz(tmp_path):
 def test_the_recipes_pad_what_their_network_can_not_halve(tmp_path, capsys):
     """Fashion-MNIST as it is on the Hub has 28 pixels on a side; the shipped teacher's were padded to 32."""
     named = {"labels_train": [0, 1], "class_names": ["a", "b"]}
+    with pytest.raises(ValueError, match="`resolution` must be at least 1, but is 0"):
+        load_images(str(tmp_path), resolution=0)
     np.savez(tmp_path / "a.npz", images_train=np.full((2, 28, 28), 255, np.uint8), **named)
     np.savez(tmp_path / "b.npz", images_train=np.zeros((2, 32, 24), np.uint8), **named)
     flags = ["--output_dir", tmp_path / "out", "--train_batch_size", 2, "--max_train_steps", 1, "--dataset"]
@@ -95,6 +97,8 @@ def test_images_of_many_sizes_need_a_resolution(tmp_path):
     images = load_images(str(tmp_path), resolution=8).images
     assert images.shape == (3, 3, 8, 8)  # grey ones beside coloured ones
     assert (images[2, :, 2:6].int() - torch.tensor([204, 0, 0]).reshape(3, 1, 1)).abs().max() <= 2
+    with pytest.raises(ValueError, match="`resolution` must be at least 1, but is 0"):
+        load_images(str(tmp_path), resolution=0)
     np.savez(tmp_path / "a.npz", images_train=np.zeros((1, 8, 8), np.uint8), labels_train=[0], class_names=["a"])
     with pytest.raises(ValueError, match=r"`resolution` must be None for the \.npz file"):
         load_images(str(tmp_path / "a.npz"), resolution=8)
@@ -107,6 +111,8 @@ def test_palettes_are_shown_as_their_colours(tmp_path):
     for number, picture in enumerate([colours, colours.convert("P"), colours.convert("RGBA")]):
         picture.save(tmp_path / f"{number}.png")
     images = load_images(str(tmp_path)).images
+    Image.new("L", (8, 8), 7).save(tmp_path / "3.png")  # grey among colour
+    assert load_images(str(tmp_path)).images[3].unique().tolist() == [7]
     assert images.shape == (3, 3, 8, 8) and (images[:, :, 0, 0] == torch.tensor([0, 204, 51])).all()
 
 

@@ -263,8 +263,9 @@ def test_the_script_makes_the_reference_of_a_split(tmp_path):
     assert (read.num_images, read.source) == (2, "pictures, train, 32 x 32")
     flat = torch.tensor([32, 64], dtype=torch.uint8).reshape(2, 1, 1, 1).expand(2, 1, 32, 32)
     torch.testing.assert_close(read.mean, moments(network(flat)[0])[0], rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="`reference` must be a data set for a `resolution`"):
-        Reference.load(tmp_path / "p.safetensors", network, resolution=32)
+    for name in (tmp_path / "p.safetensors", tmp_path / "data.npz", None):
+        with pytest.raises(ValueError, match="`resolution` must be None but for a data set of pictures, but is 32"):
+            Reference.load(name, network, resolution=32)
 
 
 def test_folders_of_local_references_are_not_published(tmp_path):

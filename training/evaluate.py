@@ -178,7 +178,8 @@ def main(args: EvaluateArguments) -> None:
     reference = None
     if {"fd", *AGAINST_IMAGES} & set(args.metrics):
         share = partial(extract, extractor=extractor, all_processes=True)
-        reference = Reference.load(args.reference, extractor, args.reference_split, share, args.reference_resolution)
+        images = {"split": args.reference_split, "resolution": args.reference_resolution}
+        reference = Reference.load(args.reference, extractor, extract=share, **images)
     for model in models:
         state.prepare_model(network_of(model), device_placement=False, evaluation_mode=True)
     prompts = read_prompts(args.prompts) if args.prompts else None

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from ..cards import create_model_card
-from ..files import write_json, write_text
-from ..records import CONVERSION_RECORD, run_record
+from ..files import write_json
+from ..records import CONVERSION_RECORD, license_of, run_record
+from ..repository import resolve_model
 from .dmd2 import dmd2_imagenet_network, text_student
 from .edm import edm_network
 from .guided_diffusion import guided_diffusion_network
-from .kinds import EDM_WRAPPERS, KINDS, PAPERS, STUDENT_WRAPPERS, kind_of, licence_of
+from .kinds import EDM_WRAPPERS, KINDS, STUDENT_WRAPPERS, kind_of, licence_of, method_of
 from .networks import Converted
 from .pickles import first_line, read_checkpoint
 from .pipeline import pipeline_of
@@ -99,15 +100,29 @@ def convert(
     try:
         pipeline.save_pretrained(beside, safe_serialization=True)
         licence, sentence = licence_of(kind, file.name)
-        record = run_record(*PAPERS[kind], teacher=None if base is None else str(base))
+        record = run_record(*method_of(kind, file.name, name), license=licence) | base_record(base)
         with file.open("rb") as opened:
             source = {"file": file.name, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
-        source |= {"kind": kind, "license": {"license": licence}, "license_note": sentence}
+        source |= {"kind": kind, "license_note": sentence, "notes": notes}
         write_json(beside / CONVERSION_RECORD, record | source)
-        if notes:
-            write_text(beside / "notes.md", "\n\n".join(notes) + "\n")
-        create_model_card(beside, repo_id=str(out))
         beside.rename(out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+    try:
+        create_model_card(out)  # by the name that it has now
+    except BaseException:
+        shutil.rmtree(out)
+        raise
     return kind
+
+
+def base_record(base: str | os.PathLike | None) -> dict[str, Any]:
+    """What a card says of the pipeline that all but the U-Net of a text-to-image student is of."""
+    if base is None:
+        return {}
+    here = Path(resolve_model(base)).is_dir()
+    return {
+        "teacher": str(base),
+        "base_model": None if here else str(base),
+        "base_license": license_of(str(base)),
+    }

@@ -7,31 +7,32 @@ from typing import Any
 from ..methods.base import Paper
 from ..methods.dmd import DMD2
 from ..methods.pretrain import Pretraining
-from ..methods.sid import SiD
+from ..methods.sid import SIDA, SiD
 from .pickles import StoredModule
 
-PAPERS = {  # the method that made a file, and its paper
+GUIDED_DIFFUSION = Paper(
+    title="Diffusion Models Beat GANs on Image Synthesis",
+    arxiv_id="2105.05233",
+    citation="Dhariwal, Nichol, NeurIPS 2021",
+)
+SCORE_SDE = Paper(
+    title="Score-Based Generative Modeling through Stochastic Differential Equations",
+    arxiv_id="2011.13456",
+    citation="Song, Sohl-Dickstein, Kingma, Kumar, Ermon, Poole, ICLR 2021",
+)
+EDM2 = Paper(
+    title="Analyzing and Improving the Training Dynamics of Diffusion Models",
+    arxiv_id="2312.02696",
+    citation="Karras, Aittala, Lehtinen, Hellsten, Aila, Laine, CVPR 2024",
+)
+_METHODS = {  # of most files of a kind
     "edm": ("EDM", Pretraining.edm_paper),
-    "edm2": (
-        "EDM2",
-        Paper(
-            title="Analyzing and Improving the Training Dynamics of Diffusion Models",
-            arxiv_id="2312.02696",
-            citation="Karras, Aittala, Lehtinen, Hellsten, Aila, Laine, CVPR 2024",
-        ),
-    ),
-    "guided-diffusion": (
-        "guided-diffusion",
-        Paper(
-            title="Diffusion Models Beat GANs on Image Synthesis",
-            arxiv_id="2105.05233",
-            citation="Dhariwal, Nichol, NeurIPS 2021",
-        ),
-    ),
+    "edm2": ("EDM2", EDM2),
+    "guided-diffusion": ("guided-diffusion", GUIDED_DIFFUSION),
     "sid": ("SiD", SiD.paper),
     "dmd2": ("DMD2", DMD2),
 }
-KINDS = tuple(PAPERS)
+KINDS = tuple(_METHODS)
 LICENCES = {
     "edm": ("cc-by-nc-sa-4.0", "EDM's weights are CC BY-NC-SA 4.0."),
     "edm2": ("cc-by-nc-sa-4.0", "EDM2's weights are CC BY-NC-SA 4.0."),
@@ -39,14 +40,16 @@ LICENCES = {
     "sid": ("apache-2.0", "SiD's model card says Apache-2.0; its teachers, EDM's weights, are CC BY-NC-SA 4.0."),
     "dmd2": ("cc-by-nc-4.0", "DMD2's weights are CC BY-NC 4.0."),
 }
-_BASELINE_LICENCES = {  # of files of EDM that were others' networks, as its README says
+_BASELINES = {  # files of EDM that were others' networks, as its README says: licence, sentence, method
     "baseline-cifar10-32x32-uncond-": (
         "apache-2.0",
         "EDM's file derives from score_sde's weights, which are Apache-2.0.",
+        ("score_sde", SCORE_SDE),
     ),
     "baseline-imagenet-64x64-cond-": (
         "mit",
         "EDM's file derives from OpenAI's guided-diffusion weights, which are MIT.",
+        ("guided-diffusion", GUIDED_DIFFUSION),
     ),
 }
 EDM_WRAPPERS = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve", "iDDPMPrecond": "iddpm"}
@@ -56,8 +59,21 @@ EDM2_WRAPPERS = ("Precond", *STUDENT_WRAPPERS[1:])
 
 def licence_of(kind: str, name: str) -> tuple[str, str]:
     """The licence of the weights of a file of this name: its id, and a sentence."""
-    baselines = _BASELINE_LICENCES if kind == "edm" else {}
-    return next((licence for start, licence in baselines.items() if name.startswith(start)), LICENCES[kind])
+    baseline = _baseline(kind, name)
+    return baseline[:2] if baseline else LICENCES[kind]
+
+
+def method_of(kind: str, name: str, wrapper: str | None) -> tuple[str, Paper]:
+    """What the weights of a file of this name were made by, and its paper; `wrapper` is the class in a pickle."""
+    if kind == "sid" and wrapper in STUDENT_WRAPPERS:  # SiD's own are an EDMPrecond
+        return "SiDA", SIDA
+    baseline = _baseline(kind, name)
+    return baseline[2] if baseline else _METHODS[kind]
+
+
+def _baseline(kind: str, name: str) -> tuple[str, str, tuple[str, Paper]] | None:
+    found = (entry for start, entry in _BASELINES.items() if kind == "edm" and name.startswith(start))
+    return next(found, None)
 
 
 def kind_of(content: Any, file: Path) -> str:
