@@ -170,10 +170,12 @@ def load_images(dataset: str, split: str = "train", resolution: int | None = Non
     pictures = [np.asarray(upright(picture, size)) for picture in rows[image]]
     if len({picture.ndim for picture in pictures}) != 1:  # some are grey
         pictures = [picture if picture.ndim == 3 else np.stack([picture] * 3, axis=-1) for picture in pictures]
-    if len(shapes := {picture.shape for picture in pictures}) != 1:
+    if len(shapes := sorted({picture.shape for picture in pictures})) != 1:
+        more = ", ..." * (len(shapes) > 3)
         raise ValueError(
-            f"`dataset` must hold images of one shape, but {dataset!r} has {sorted(shapes)}: resize them first "
-            "(a reference: `--resolution` of make_reference.py, `--reference_resolution` of evaluate.py)."
+            f"`dataset` must hold images of one shape, but {dataset!r} has {', '.join(map(str, shapes[:3]))}{more}: "
+            "resize them first (a reference: `--resolution` of make_reference.py, `--reference_resolution` of "
+            "evaluate.py)."
         )
     images = np.stack(pictures)
     labels = None if label is None else torch.tensor(rows[label])

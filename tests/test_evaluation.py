@@ -263,7 +263,8 @@ def test_models_are_measured_at_another_size_and_embedded_guidance(tmp_path, mon
 
 
 def test_captioned_images_give_prompts_and_what_they_retrieve(tmp_path, monkeypatch):
-    """By the script, at several guidance scales, in bfloat16: every network call is cast, and gives float32."""
+    """By the script, at several guidance scales, in bfloat16: every network call is cast, and gives float32; the real
+    images are of two sizes."""
     pipeline = tiny_pipeline("sd")
     pipeline.save_pretrained(tmp_path / "teacher")
     # the real images are the teacher's own, each beside the prompt that it was made of
@@ -271,6 +272,7 @@ def test_captioned_images_give_prompts_and_what_they_retrieve(tmp_path, monkeypa
     teacher = Teacher.from_pretrained(tmp_path / "teacher", resolution=16)
     drawn = sampler(teacher, num_inference_steps=1)(*inputs_of(teacher, 20, 0, asked), None)
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in drawn]
+    pictures[::2] = [picture.resize((32, 32)) for picture in pictures[::2]]
     for split, captions in (("train", ["a cat", "a dog"]), ("test", asked)):
         rows = Dataset.from_dict({"image": pictures[: len(captions)], "caption": captions})
         rows.to_parquet(str(tmp_path / "data" / f"{split}.parquet"))
@@ -290,6 +292,7 @@ def test_captioned_images_give_prompts_and_what_they_retrieve(tmp_path, monkeypa
     monkeypatch.setattr(torch.nn.Conv2d, "forward", watched_convolution)
     flags = ["--pretrained_teacher_model", tmp_path / "teacher", "--teacher_steps", 1, "--guidance_scale", 1, 2]
     flags += ["--reference", tmp_path / "data", "--extractor", "effnet-lite0", "--num_samples", 20]
+    flags += ["--reference_resolution", 16]
     flags += ["--resolution", 16, "--batch_size", 8, "--mixed_precision", "bf16", "--output_dir", tmp_path]
     run_script("evaluate", *flags, "--metrics", "retrieval", "diversity")
     assert seen[-20:] == asked  # of the split that is asked for, in the order of the noises
@@ -304,7 +307,8 @@ def test_captioned_images_give_prompts_and_what_they_retrieve(tmp_path, monkeypa
     for row in rows:
         found = row["scores"]["recall-at-5-EffNetLite0@64"]
         assert row["value"] == found["value"] == 1.0  # every image finds itself
-    reference = Reference.load(str(tmp_path / "data"), network)
+    reference = Reference.load(str(tmp_path / "data"), network, resolution=16)
+    assert reference.source == "data, test, 16 x 16"
     settings = {"num_inference_steps": 1, "num_samples": 20, "batch_size": 8, "prompts": reference.captions}
     samples = generate(teacher, network, **settings)
     turned = [*asked[7:], *asked[:7]]
