@@ -137,7 +137,7 @@ class TrainArguments(HubArguments):
     )
     teacher_dtype: str | None = field(
         default=None,
-        metadata={"help": "fp32, bf16 or fp16 of the teacher's frozen weights; default: fp32."},
+        metadata={"help": "fp32, bf16 or fp16 of the teacher's frozen weights and text encoders; default: fp32."},
     )
     offload_teacher: bool = field(
         default=False, metadata={"help": "Keep the teacher in the CPU's memory while it is not needed."}

@@ -17,6 +17,8 @@ from .repository import keep_parts
 from .run_folder import checkpoint_to_go_on_from
 from .teacher import Teacher
 
+_TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
 
 @dataclass
 class TeacherArguments(TrainArguments):
@@ -70,8 +72,11 @@ class TeacherArguments(TrainArguments):
         )
 
     def weights_dtype(self) -> torch.dtype | dict[str, torch.dtype]:
-        """In which the teacher is loaded; what is copied to be trained needs float32."""
-        return torch.float32
+        """In which the teacher's parts are loaded: text encoders in `teacher_dtype`, what is copied to be trained in
+        float32."""
+        if self.teacher_dtype is None:
+            return torch.float32
+        return {"default": torch.float32} | dict.fromkeys(_TEXT_ENCODERS, DTYPES[self.teacher_dtype])
 
     def guided(self, teacher: Teacher) -> Teacher | GuidedDenoiser:
         """The teacher with `guidance_scale`."""
@@ -245,9 +250,10 @@ class DistillationArguments(StudentArguments):
 
     def weights_dtype(self):
         """Adapters leave the teacher's network as it is: never in float32 if it is not to be."""
+        loaded = super().weights_dtype()
         if self.lora_rank is None or self.teacher_dtype is None:
-            return torch.float32
-        return {"default": torch.float32} | dict.fromkeys(("unet", "transformer"), DTYPES[self.teacher_dtype])
+            return loaded
+        return loaded | dict.fromkeys(("unet", "transformer"), DTYPES[self.teacher_dtype])
 
     def lora_config(self) -> LoraConfig | None:
         """What the `lora_` flags say."""

@@ -263,7 +263,8 @@ def test_a_trunk_in_bf16_is_loaded_so(tmp_path):
         args = DistillationArguments(**flags, teacher_dtype="bf16", lora_rank=rank)
         teacher = args.load_teacher()
         found[rank] = [getattr(teacher.pipeline, part).dtype for part in ("unet", "vae", "text_encoder")]
-    assert found == {None: [torch.float32] * 3, RANK: [torch.bfloat16, torch.float32, torch.float32]}
+    bf16, fp32 = torch.bfloat16, torch.float32
+    assert found == {None: [fp32, fp32, bf16], RANK: [bf16, fp32, bf16]}
     trained = SiD(teacher, lora=args.lora_config()).trainable.values()
     assert {p.dtype for part in trained for p in part.parameters()} == {torch.float32}
 

@@ -11,6 +11,7 @@ from families import BUILDERS, CALLS, tiny_pipeline
 from PIL import Image
 
 from diffusers_onestep import OneStepPipeline, Teacher
+from diffusers_onestep.distillation import DistillationArguments
 from diffusers_onestep.pipelines.pipeline_text_to_image import TEXT_TO_IMAGE_PIPELINES
 
 FAMILIES = list(BUILDERS)
@@ -98,6 +99,20 @@ def test_conditions_and_guidance_are_those_of_the_stock_pipeline(family):
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
     other = teacher.sample(noise, teacher.encode(["x", "y"]), num_inference_steps=4, guidance_scale=3.0)
     assert (other - ours).abs().max() > 1e-4  # prompts matter
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_encoders_are_loaded_in_the_dtype_of_the_teacher(folders, tmp_path, family):
+    given = {"pretrained_teacher_model": str(folders / family), "prompts": str(folders / "prompts.txt")}
+    given |= {"cache_dir": str(tmp_path / "cache"), "resolution": size(family)["height"]}
+    embedded = {}
+    for dtype in (None, "bf16"):
+        args = DistillationArguments(output_dir=str(tmp_path / "out"), teacher_dtype=dtype, **given)
+        samples = args.load_samples(args.load_teacher())
+        embedded[dtype] = samples.batch([0, 1])["cond"]["encoder_hidden_states"]
+    assert [rows.dtype for rows in embedded.values()] == [torch.float32, torch.bfloat16]
+    error = (embedded["bf16"].float() - embedded[None]).norm() / embedded[None].norm()
+    assert 0 < error < 0.05
 
 
 METHODS = {
