@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -14,12 +15,14 @@ import torch
 from accelerate import PartialState
 from conftest import tiny_unet, training_module
 from diffusers import ConsistencyModelPipeline, DDPMScheduler
+from edm_files import write_pickle
 from hub_server import TOKEN, LocalHub, Repository
 from huggingface_hub import constants
 from PIL import Image
 from test_cards import python_blocks, trained
+from test_conversion import DDPMPP, SONG, network
 
-from diffusers_onestep import OneStepPipeline, Teacher, push_student
+from diffusers_onestep import OneStepPipeline, Teacher, convert, create_model_card, push_student
 from diffusers_onestep.cli import main
 
 STUDENT = {
@@ -288,6 +291,20 @@ def test_a_fitted_solver_is_pushed_and_its_card_runs(hub, teacher_folder, tmp_pa
     monkeypatch.chdir(tmp_path)
     exec(code, {})
     assert (tmp_path / "sample.png").is_file()
+
+
+def test_a_converted_file_is_pushed_and_the_card_of_its_download_stays(hub, tmp_path, caplog):
+    _, weights = network(SONG | {"augment_dim": 9})
+    convert(write_pickle(tmp_path / "a.pkl", "EDMPrecond", DDPMPP, weights), tmp_path / "converted", kind="sid")
+    push_student(tmp_path / "converted", "converted")
+    files = hub.repositories["user/converted"].files()
+    assert set(files) == STUDENT | {"README.md", ".gitattributes"}
+    card = files["README.md"].decode()
+    assert 'from_pretrained("user/converted")' in card and "Converted from `a.pkl` (sid)" in card
+    download = Path(huggingface_hub.snapshot_download("user/converted", local_dir=tmp_path / "download"))
+    assert np.array_equal(image_of(download), image_of("user/converted"))
+    create_model_card(download)
+    assert (download / "README.md").read_text() == card and "as a download has none" in caplog.text
 
 
 def test_evaluation_puts_its_numbers_into_the_card_and_pushes(hub, folder, tmp_path):
