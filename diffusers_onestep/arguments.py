@@ -171,6 +171,13 @@ class TrainArguments(HubArguments):
         """The run's; see `patient_accelerator`."""
         return patient_accelerator(mixed_precision=self.mixed_precision, **settings)
 
+    def refuse_live_numbers(self) -> None:
+        """Raise a `ValueError` if there should be any, for a teacher, which is measured when it is done."""
+        if self.validation_samples or self.stop_on_divergence:
+            raise ValueError(
+                "`validation_samples` and `stop_on_divergence` must be off for a teacher, which evaluate.py measures."
+            )
+
     @property
     def trackers(self) -> list[str]:
         """The names in `report_to`."""

@@ -133,7 +133,7 @@ def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str
     count = len(names) or label_embeddings(network) or run.get("num_labels")
     rows = metrics.results or []
     notes, notice = folder / "notes.md", folder / "NOTICE"
-    own = [row for row in rows if row.model == _own_name(rows, kind)]
+    own = _own_rows(rows, kind)
     teacher = run.get("teacher") or next((t["teacher_model"] for t in tables.values() if t.get("teacher_model")), None)
     prompts = "text_encoder" in index or bool(settings.get("prompts"))
     guidance = run.get("guidance_scale") or settings.get("guidance_scale", 1.0)
@@ -183,8 +183,9 @@ def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str
         "metrics": metrics,
         "rows": rows,
         "own_rows": own,
+        "networks": _networks(own),
         "metrics_table": markdown_table(rows) if rows else None,
-        "not_measured": _not_measured(rows, own, kind, teacher),
+        "not_measured": _not_measured(rows, own, kind, teacher, prompts),
         "notes": notes.read_text(encoding="utf-8").strip() if notes.is_file() else None,
     }
 
@@ -223,14 +224,27 @@ def _is_teacher(row: _Row) -> bool:
     return row.model.split(",")[0] == "teacher"  # also "teacher, guidance 2"
 
 
-def _own_name(rows: list[_Row], kind: str) -> str | None:
-    """The name of the card's model in its metrics: the first that is not the teacher, which stands beside it; a model
-    of as many steps as a teacher may have been measured as one."""
-    names = [row.model for row in rows if not _is_teacher(row)] or [row.model for row in rows if kind == "model"]
-    return names[0] if names else None
+def _own_rows(rows: list[_Row], kind: str) -> list[_Row]:
+    """The rows of the card's model: of the first that is not the teacher, which stands beside it; a model of as many
+    steps as a teacher may have been measured as one."""
+    names = [row.model for row in rows if not _is_teacher(row)]
+    if not names:
+        return rows if kind == "model" else []
+    return [row for row in rows if row.model == names[0]]
 
 
-def _not_measured(rows: list[_Row], own: list[_Row], kind: str, teacher: str | None) -> list[str]:
+def _networks(rows: list[_Row]) -> str:
+    """The networks whose features were compared, with digests of their weights."""
+    scores = [score for row in rows for score in (row.scores or {}).values()]
+    known = dict.fromkeys((score.extractor, score.weights) for score in scores)
+    if not known:  # older files have the digest alone
+        known = dict.fromkeys(("a network", row.extractor) for row in rows if row.extractor)
+    return "; ".join(f"{name}, digest of its weights `{digest}`" for name, digest in known)
+
+
+def _not_measured(
+    rows: list[_Row], own: list[_Row], kind: str, teacher: str | None, prompts: bool = False
+) -> list[str]:
     """What a reader might look for in vain."""
     measured = " ".join(name for row in own for name in row.scores or [row.metric]).casefold()
     missing = [] if own else ["any distance between its images and real ones, and its speed"]
@@ -241,6 +255,8 @@ def _not_measured(rows: list[_Row], own: list[_Row], kind: str, teacher: str | N
     if own and teacher and kind != "model" and not any(map(_is_teacher, rows)):
         missing.append("the teacher in the same run")
     source = "its teacher's data" if teacher or kind == "student" else "its data"
+    if prompts and not re.search("clip|retriev|recall-at", measured):
+        missing.append("how well images fit their captions")
     return [*missing, "people's preference", "copies of training images", f"biases that it has from {source}"]
 
 
@@ -252,6 +268,19 @@ def _bibtex(paper: dict[str, str]) -> str:
         f"  year = {{{venue[-4:]}}},\n  note = {{{venue}}},\n  eprint = {{{paper['arxiv_id']}}},\n"
         "  archivePrefix = {arXiv}\n}"
     )
+
+
+def _protocol(row: _Row, score: _Row) -> dict[str, Any]:
+    """How a number was measured."""
+    known = {
+        "nfe": row.nfe,
+        "num_samples": score.num_samples,
+        "num_reference": score.num_reference or row.num_reference,
+        "standard_error": None if score.error is None else round(score.error, 4),
+        "weights_digest": score.weights or row.extractor,
+        "seed": row.seed,
+    }
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def card_metadata(facts: dict[str, Any]) -> ModelCardData:
@@ -270,9 +299,9 @@ def card_metadata(facts: dict[str, Any]) -> ModelCardData:
             dataset_type="fashion_mnist" if name.endswith("-fashion") else "custom",
             dataset_name=row.reference or ("Fashion-MNIST (test)" if name.endswith("-fashion") else "see the card"),
             metric_type=name.lower(),
-            metric_name=f"{name}, NFE {row.nfe}",
+            metric_name=", ".join([name, *row.model.split(", ")[1:] * _is_teacher(row), f"NFE {row.nfe}"]),
             metric_value=round(score.value, 4),
-            metric_args={"nfe": row.nfe, "num_samples": score.num_samples, "seed": row.seed},
+            metric_args=_protocol(row, score),
         )
         for row in facts["own_rows"]
         for name, score in (row.scores or {row.metric: row}).items()

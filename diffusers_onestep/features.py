@@ -112,7 +112,8 @@ class FashionCNN(Extractor):
 
 class InceptionV3(Extractor):
     """torch-fidelity's `inception-v3-compat`: the TensorFlow network of 2015 and its resizing, bit for bit. 2048
-    features, and 1008 logits without bias as the Inception Score takes them. The one extractor of FID.
+    features, and 1008 logits without bias as the Inception Score takes them. The one extractor of FID, which numbers
+    are called if the weights are torch-fidelity's.
 
     Args:
         weights (`str`, *optional*): a local `.pth` or safetensors file; by default torch-fidelity's own, from its
@@ -125,8 +126,11 @@ class InceptionV3(Extractor):
         super().__init__()
         from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 
+        published = Path(fidelity.URL_INCEPTION_V3).stem.split("-")[-1]  # the name holds the digest of the content
+        self.published = weights is None or hashlib.sha256(Path(weights).read_bytes()).hexdigest().startswith(
+            published
+        )
         if weights is None:
-            # the file's name holds the digest of its content
             state = torch.hub.load_state_dict_from_url(
                 fidelity.URL_INCEPTION_V3, map_location="cpu", weights_only=True, check_hash=True
             )
@@ -143,7 +147,7 @@ class InceptionV3(Extractor):
         )
 
     def number(self, kind):
-        return INCEPTION_NAMES.get(kind) or super().number(kind)
+        return (self.published and INCEPTION_NAMES.get(kind)) or super().number(kind)
 
     def embed(self, pixels):
         return self.network(pixels)

@@ -30,6 +30,8 @@ WINDOW = 20  # logged updates that the lag is the median of: one batch says litt
 # where the fake score follows, |lag| stays below 1; but both scores start as one, and a lag that is measured against
 # their small difference may be large then: what counts is that it grows
 LAG_LIMIT, LAG_GROWTH = 1.5, 1.5
+# a fake score that is lost tends to a lag of -1, while the difference of the two scores grows
+GAP_WINDOW, GAP_GROWTH = 5, 4
 DIVERSITY_LIMIT = 0.5  # of the teacher's
 PATIENCE = 5  # validations since the best
 RISE_LIMIT = 1.5  # of the best distance
@@ -125,6 +127,15 @@ def warnings(lines: list[dict[str, Any]]) -> dict[str, str]:
             f"(median of {WINDOW} logged updates; below 1 in healthy runs), so the student learns from a stale score. "
             "Raise `fake_score_learning_rate` or `fake_score_updates`, or lower `learning_rate`."
         )
+    gaps = [line["score_gap"] for line in lines if "score_gap" in line]
+    if len(gaps) >= 3 * GAP_WINDOW:
+        before, now = median(gaps[:-GAP_WINDOW]), median(gaps[-GAP_WINDOW:])
+        if now > GAP_GROWTH * before > 0:
+            found["score_gap"] = (
+                f"The two scores part: their squared difference is {now:.3g} (median of {GAP_WINDOW} logged updates), "
+                f"against {before:.3g} before, so the student runs away from the fake score. Lower `learning_rate` "
+                "and `fake_score_learning_rate`, and go on from an earlier checkpoint."
+            )
     spread = [line["diversity"] for line in lines if "diversity" in line]
     if spread and spread[-1] < DIVERSITY_LIMIT and (max(spread) >= DIVERSITY_LIMIT or len(spread) >= 2 * PATIENCE):
         found["diversity"] = (

@@ -29,7 +29,7 @@ logger = logging.get_logger(__name__)
 
 RUN_RECORD = "training_run.json"  # beside training_args.json: what was asked for; here: what it came to
 CONVERSION_RECORD = "conversion.json"  # the same of a published file that was converted
-PACKAGES = ("diffusers-onestep", "torch", "diffusers", "transformers", "torch-fidelity")
+PACKAGES = ("diffusers-onestep", "torch", "diffusers", "transformers", "accelerate", "peft", "torch-fidelity")
 
 HIDDEN = "REDACTED"
 _SECRET_NAME = re.compile(r"(?:^|[_-])(?:token|secret|passphrase|credentials?|(?:api)?key)$|passw(?:or)?d$", re.I)
@@ -183,10 +183,19 @@ def provenance(command: str) -> dict[str, Any]:
     return {
         "command": command,
         "versions": {"python": platform.python_version()} | _versions(PACKAGES),
-        "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+        "hardware": f"{_processor()}, {os.cpu_count()} cores, "
         f"{PartialState().num_processes} processes with {torch.get_num_threads()} threads each, "
         f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}",
     }
+
+
+def _processor() -> str:
+    """The name of the CPU, where the system tells it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _versions(names: Sequence[str]) -> dict[str, str]:

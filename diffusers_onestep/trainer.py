@@ -137,7 +137,19 @@ class Trainer:
         self._record: dict = {}
         self._divergence: str | None = None
         self.gradient_norms: dict[str, torch.Tensor] = {}  # of the last update, before clipping
+        self._check_health()
         self._prepare()
+
+    def _check_health(self) -> None:
+        """Refuse to stop on what nobody looks at."""
+        args = self.args
+        live = args.validation_steps and args.validation_samples
+        if args.stop_on_divergence and not live and "fake_score" not in self.distiller.trainable:
+            raise ValueError(
+                "`stop_on_divergence` needs `validation_steps` and `validation_samples` with "
+                f"{type(self.distiller).__name__}, which compares no scores, but they are {args.validation_steps} and "
+                f"{args.validation_samples}."
+            )
 
     def _check_launcher(self) -> None:
         """Refuse what Accelerate would do to wrapped models: the loop calls the networks themselves."""

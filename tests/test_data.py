@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import run, run_script, script
+from conftest import run, run_script, script, training_module
 
 from diffusers_onestep.data import Batches, Conditions, LabelledImages, load_images, load_pairs, write_pairs
 
@@ -155,3 +155,37 @@ def test_pairs_are_never_overwritten_and_must_be_pairs(tmp_path):
     Dataset.from_dict({"noise": [1]}).save_to_disk(tmp_path / "q")
     with pytest.raises(ValueError, match=r"lacks \['target'\]"):
         load_pairs(str(tmp_path / "q"))
+
+
+def test_data_are_built_from_packages():
+    """Pixels on white and halved, captions and concepts; the whole is compared with digests when it is fetched."""
+    from PIL import Image
+
+    fetch = training_module("fetch_data")
+    half = Image.new("RGBA", (64, 64), (0, 100, 200, 51))  # a fifth
+    assert fetch.on_white(half)[0, 0].tolist() == [204, 224, 244]
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    pixels[:2, :2, 0] = [[10, 11], [12, 13]]
+    assert fetch.halved(pixels)[0, 0].tolist() == [12, 0, 0] and fetch.halved(pixels).shape == (32, 32, 3)
+    with pytest.raises(ValueError, match=r"must be of 64 x 64 pixels, but one is of \(8, 8, 3\)"):
+        fetch.halved(pixels[:8, :8])
+    train = {"name": "Steam Locomotive", "short_name": "train2", "category": "Travel & Places"}
+    assert fetch.caption_of(train) == "steam locomotive, train"
+    assert fetch.caption_of({"name": "Chad Flag", "short_name": "flag-td", "category": "Flags"}) == "flag of Chad"
+    assert fetch.concept_of("1F469-1F3FB-200D-1F680") == fetch.concept_of("1F468-200D-1F680") == "1F680"
+    assert fetch.concept_of("1F466") == "people-alone" and fetch.concept_of("1F468-200D-1F467") == "people-family"
+    entry = train | {"unified": "1F44B", "short_names": ["wave"], "subcategory": "hands"}
+    assert [fetch.described(entry, tones)["skin_tone"] for tones in ("", "1F3FB", "1F3FB-1F3FF")] == [0, 1, 6]
+    assert fetch.described(entry, "1F3FB-1F3FF")["captions"].endswith(", mixed skin tones")
+
+
+def test_idx_files_are_read(tmp_path):
+    import gzip
+    import struct
+
+    read = training_module("fetch_data").read_idx
+    (tmp_path / "a.gz").write_bytes(gzip.compress(b"\0\0\x08\x02" + struct.pack(">2I", 2, 3) + bytes(range(6))))
+    assert read(tmp_path / "a.gz").tolist() == [[0, 1, 2], [3, 4, 5]]
+    (tmp_path / "b.gz").write_bytes(gzip.compress(b"\0\0\x0d\x01" + struct.pack(">I", 1) + bytes(4)))
+    with pytest.raises(ValueError, match="must be an IDX file of unsigned bytes"):
+        read(tmp_path / "b.gz")

@@ -328,7 +328,17 @@ def test_the_script_reads_prompts_as_training_does(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("café", encoding="latin-1")
     with pytest.raises(ValueError, match="`prompts` must be a UTF-8 file of one prompt a line"):
-        run_script("evaluate", "--prompts", prompts, "--metrics", "diversity", "--output_dir", tmp_path)
+        run_script("evaluate", "--model", "emoji-sd-onestep", "--prompts", prompts, "--metrics", "diversity",
+                   "--extractor", "effnet-lite0", "--output_dir", tmp_path)  # fmt: skip
+
+
+def test_numbers_go_into_the_card_of_their_own_model_alone(tmp_path):
+    flags = ["--output_dir", tmp_path, "--metrics", "diversity"]
+    with pytest.raises(ValueError, match="`model` or `pretrained_teacher_model` must be given, but neither is"):
+        run_script("evaluate", *flags)
+    OneStepPipeline(tiny_unet(), student_scheduler(DDPMScheduler(), "epsilon", [440], 1.0)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`output_dir` must be the folder of 'fashion32-onestep', whose numbers"):
+        run_script("evaluate", "--model", "fashion32-onestep", tmp_path, *flags)
 
 
 def test_models_whose_images_the_extractor_does_not_take_are_refused_at_the_start(tmp_path):

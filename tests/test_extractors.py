@@ -1,3 +1,4 @@
+import hashlib
 import io
 import json
 import pickle
@@ -12,6 +13,7 @@ from conftest import training_module
 from hub_server import LocalHub
 from PIL import Image
 from safetensors.torch import save_file
+from torch_fidelity import feature_extractor_inceptionv3
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2Model
@@ -122,8 +124,12 @@ def test_inception_takes_torch_fidelitys_weights_and_no_pickle(tmp_path, monkeyp
     for got, expected in zip(ours(pixels), theirs(pixels), strict=True):
         assert torch.equal(got, expected)
     assert ours.digest() == InceptionV3(str(other)).digest()
-    assert [ours.number(k) for k in ("FD", "KID", "IS")] == ["FID", "KID", "IS"]
-    assert ours.number("recall") == "recall-inception-v3-compat"
+    assert ours.number("FD") == "FD-inception-v3-compat"  # only what torch-fidelity's weights measure is called FID
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    monkeypatch.setattr(feature_extractor_inceptionv3, "URL_INCEPTION_V3", f"https://host/weights-2015-{digest}.pth")
+    published = load_extractor("inception-v3-compat", str(path))
+    assert [published.number(k) for k in ("FD", "KID", "IS")] == ["FID", "KID", "IS"]
+    assert published.number("recall") == "recall-inception-v3-compat"
     (tmp_path / "bad.pth").write_bytes(pickle.dumps(Opens(tmp_path / "ran")))
     with pytest.raises(pickle.UnpicklingError):
         load_extractor("inception-v3-compat", str(tmp_path / "bad.pth"))

@@ -11,14 +11,14 @@ from test_trainer import Scripted, arguments, batches_of
 from diffusers_onestep import OneStepPipeline, SiD, Teacher, train
 from diffusers_onestep.arguments import TrainArguments
 from diffusers_onestep.data import Batches, Conditions
-from diffusers_onestep.health import PATIENCE, WINDOW, Health, Watch, draw_health, warnings
+from diffusers_onestep.health import GAP_WINDOW, PATIENCE, WINDOW, Health, Watch, draw_health, warnings
 from diffusers_onestep.hooks import validation
 from diffusers_onestep.run_folder import latest_checkpoint, read_log, truncate_log
 from diffusers_onestep.sampler import spread
 
 
-def updates(lag, number=WINDOW):
-    return [{"step": i, "images": 64 * i, "fake_score_lag": lag * (-1) ** i, "score_gap": 30.0} for i in range(number)]
+def updates(lag, number=WINDOW, gap=30.0):
+    return [{"step": i, "images": 64 * i, "fake_score_lag": lag * (-1) ** i, "score_gap": gap} for i in range(number)]
 
 
 def validations(key, *values):
@@ -32,12 +32,15 @@ def test_a_healthy_log_brings_no_warning():
     assert warnings([]) == {} and warnings(updates(5.0, WINDOW - 1)) == {}  # too early to say
     assert warnings(updates(5.0) + updates(0.8)) == {}  # over
     assert warnings(updates(90.0) + updates(30.0)) == {}  # two scores that are still nearly one
+    assert warnings(updates(0.9) + updates(0.9, GAP_WINDOW - 3, gap=900.0)) == {}  # two wild batches
+    assert warnings(updates(0.9, gap=1.0) + updates(0.9, 4 * WINDOW, gap=9.0)) == {}  # the student leaves the teacher
 
 
 @pytest.mark.parametrize(
     "log, kind, words",
     [
         (updates(0.9) + updates(2.5), "fake_score_lag", "its lag is 2.5 times"),
+        (updates(0.9) + updates(0.99, GAP_WINDOW, 2900.0), "score_gap", "difference is 2.9e+03"),
         (validations("diversity", 0.7, 0.9, 0.45), "diversity", "45% as much as the teacher's"),
         (validations("diversity", *[0.1] * 2 * PATIENCE), "diversity", "10% as much"),  # never rose
         (validations("distance", 3.0, 1.0, *[1.2] * 3, 2.0, 2.5, 3.0), "distance", "3 now, against 1 at its best, 6"),
@@ -204,6 +207,20 @@ def test_a_diverging_run_warns_and_stops_if_it_is_asked_to(tmp_path, capsys):
     # asked to go on, it does: the warning is known
     train(Losing(), batches_of(), arguments(stopping, resume_from_checkpoint="latest", **settings))
     assert read_log(stopping / "log.jsonl")[-1]["step"] == 2 * WINDOW + 2
+
+
+def test_a_run_that_nobody_looks_at_is_not_to_be_stopped_by_its_health(tmp_path, teacher):
+    from diffusers_onestep import PID
+    from diffusers_onestep.trainer import Trainer
+
+    distiller = PID(teacher, distance="pseudo-huber", num_points=4)
+    with pytest.raises(
+        ValueError, match="`stop_on_divergence` needs `validation_steps` and `validation_samples` with"
+    ):
+        Trainer(distiller, arguments(tmp_path, stop_on_divergence=True, validation_steps=1, validation_samples=0))
+    Trainer(distiller, arguments(tmp_path, stop_on_divergence=True, validation_steps=1, validation_samples=2))
+    with pytest.raises(ValueError, match="must be off for a teacher"):
+        arguments(tmp_path, validation_samples=2).refuse_live_numbers()
 
 
 def test_a_line_that_was_cut_off_is_left_out(tmp_path):

@@ -13,17 +13,18 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import tiny_unet, training_module
+from conftest import ROOT, tiny_unet, training_module
 from diffusers import ConsistencyModelPipeline, DDPMScheduler
 from edm_files import write_pickle
 from hub_server import TOKEN, LocalHub, Repository
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
 from PIL import Image
 from test_cards import python_blocks, trained
 from test_conversion import DDPMPP, SONG, network
 
 from diffusers_onestep import OneStepPipeline, Teacher, convert, create_model_card, push_student
 from diffusers_onestep.cli import main
+from diffusers_onestep.repository import ASSETS, shipped_names
 
 STUDENT = {
     "model_index.json",
@@ -305,6 +306,26 @@ def test_a_converted_file_is_pushed_and_the_card_of_its_download_stays(hub, tmp_
     assert np.array_equal(image_of(download), image_of("user/converted"))
     create_model_card(download)
     assert (download / "README.md").read_text() == card and "as a download has none" in caplog.text
+
+
+@pytest.mark.parametrize("name", shipped_names())
+def test_cards_of_shipped_models_are_valid_on_the_hub(hub, name):
+    ModelCard.load(ROOT / "model_cards" / f"{name}.md").validate()
+    assert ("POST", "/api/validate-yaml") in hub.requests
+
+
+def test_a_text_to_image_student_is_pushed_and_draws_the_same(hub, tmp_path):
+    student = shutil.copytree(ASSETS / "emoji-sd-onestep", tmp_path / "emoji")
+    push_student(student, "emoji")
+    images = [
+        OneStepPipeline.from_pretrained(place)(
+            "blue heart", generator=torch.Generator().manual_seed(0), output_type="np"
+        ).images
+        for place in ("user/emoji", student)
+    ]
+    assert np.array_equal(*images)
+    card = hub.repositories["user/emoji"].files()["README.md"].decode()
+    assert "pipeline_tag: text-to-image" in card and "NOTICE" in hub.repositories["user/emoji"].files()
 
 
 def test_evaluation_puts_its_numbers_into_the_card_and_pushes(hub, folder, tmp_path):

@@ -249,6 +249,7 @@ def encode(autoencoder: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
 
 
 def main(args: EmojiArguments) -> None:
+    args.refuse_live_numbers()
     emoji, held_out, unseen = (Emoji(args.dataset, split) for split in (0, 1, 2))
     autoencoder = train_autoencoder(args, emoji, held_out).requires_grad_(False).eval()
     latents = encode(autoencoder, emoji.images)

@@ -147,6 +147,14 @@ def main(args: EvaluateArguments) -> None:
         raise ValueError("`pretrained_teacher_model` must be given for the metric 'agreement', but is None.")
     output_dir = Path(args.output_dir or args.model[0])
     in_student = (output_dir / "model_index.json").is_file()
+    measured = [*args.model, args.pretrained_teacher_model][0]
+    if measured is None:
+        raise ValueError("`model` or `pretrained_teacher_model` must be given, but neither is.")
+    if in_student and output_dir.resolve() != Path(measured).resolve():
+        raise ValueError(
+            f"`output_dir` must be the folder of {measured!r}, whose numbers go into its card, or of no model, but is "
+            f"{str(output_dir)!r}."
+        )
     if args.push_to_hub and not in_student:
         raise ValueError(f"`output_dir` must be the student's folder to be pushed, but is {args.output_dir!r}.")
     if state.is_main_process:
@@ -216,12 +224,12 @@ def main(args: EvaluateArguments) -> None:
     if not state.is_main_process or not rows:  # others have shared the sampling, and have no numbers
         return
     print(markdown_table(rows))
-    measured = output_dir / "metrics.json"
-    if measured.is_file():  # other metrics of the same models, perhaps
+    numbers = output_dir / "metrics.json"
+    if numbers.is_file():  # other metrics of the same models, perhaps
         free = (output_dir / f"metrics-{number}.json" for number in count(1))
-        measured.replace(next(path for path in free if not path.exists()))
+        numbers.replace(next(path for path in free if not path.exists()))
     precision = state.mixed_precision if args.dtype == "fp32" else args.dtype
-    write_metrics(measured, rows, command=command_line() or "", precision=precision)
+    write_metrics(numbers, rows, command=command_line() or "", precision=precision)
     quality_plot(rows, output_dir / "quality.png")
     if teacher and students:
         pictures.append(sampler(students[0], num_inference_steps=model_steps(students[0], args)[-1], **fed[0]))

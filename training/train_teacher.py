@@ -53,6 +53,7 @@ class TeacherArguments(TrainArguments):
 def main(args: TeacherArguments) -> None:
     if args.recipe not in RECIPES:
         raise ValueError(f"`recipe` must be one of {sorted(RECIPES)}, but is {args.recipe!r}.")
+    args.refuse_live_numbers()
     images = load_images(args.dataset)
     if images.labels is None:
         raise ValueError(f"`dataset` must have labels, but {args.dataset!r} has none.")
