@@ -116,8 +116,9 @@ class Watch:
         return torch.cat(features), clipped / number
 
 
-def warnings(lines: list[dict[str, Any]]) -> dict[str, str]:
-    """What goes wrong at the end of a log, by kind, in plain words; empty if nothing does."""
+def warnings(lines: list[dict[str, Any]], elements: float = math.inf) -> dict[str, str]:
+    """What goes wrong at the end of a log, by kind, in plain words; empty if nothing does. `elements` of a sample say
+    how far two images in [-1, 1] can be from each other."""
     found = {}
     lags = [abs(line["fake_score_lag"]) for line in lines if "fake_score_lag" in line]
     lag = median(lags[-WINDOW:]) if len(lags) >= 2 * WINDOW else 0.0
@@ -128,13 +129,17 @@ def warnings(lines: list[dict[str, Any]]) -> dict[str, str]:
             "Raise `fake_score_learning_rate` or `fake_score_updates`, or lower `learning_rate`."
         )
     gaps = [line["score_gap"] for line in lines if "score_gap" in line]
-    if len(gaps) >= 3 * GAP_WINDOW:
-        before, now = median(gaps[:-GAP_WINDOW]), median(gaps[-GAP_WINDOW:])
-        if now > GAP_GROWTH * before > 0:
+    if len(gaps) >= GAP_WINDOW:
+        before, now = median(gaps[:-GAP_WINDOW] or gaps), median(gaps[-GAP_WINDOW:])
+        grown = len(gaps) >= 3 * GAP_WINDOW and now > GAP_GROWTH * before > 0
+        if grown or now > 4 * elements:
+            than = (
+                f"{before:.3g} before" if grown else f"{4 * elements:.3g} between the farthest two images in [-1, 1]"
+            )
             found["score_gap"] = (
                 f"The two scores part: their squared difference is {now:.3g} (median of {GAP_WINDOW} logged updates), "
-                f"against {before:.3g} before, so the student runs away from the fake score. Lower `learning_rate` "
-                "and `fake_score_learning_rate`, and go on from an earlier checkpoint."
+                f"against {than}, so the student runs away from the fake score. Lower `learning_rate` and "
+                "`fake_score_learning_rate`, and go on from an earlier checkpoint."
             )
     spread = [line["diversity"] for line in lines if "diversity" in line]
     if spread and spread[-1] < DIVERSITY_LIMIT and (max(spread) >= DIVERSITY_LIMIT or len(spread) >= 2 * PATIENCE):
@@ -159,14 +164,14 @@ def warnings(lines: list[dict[str, Any]]) -> dict[str, str]:
 class Health:
     """The log so far, and which warnings stand; built anew from the log on resume, so that it goes on as it was."""
 
-    def __init__(self, lines: list[dict[str, Any]]):
-        self.lines = list(lines)
-        self.standing = warnings(self.lines)
+    def __init__(self, lines: list[dict[str, Any]], elements: float = math.inf):
+        self.lines, self.elements = list(lines), elements
+        self.standing = warnings(self.lines, elements)
 
     def add(self, line: dict[str, Any]) -> list[str]:
         """Take up one more line; returns the warnings that it brings and that did not stand before."""
         self.lines.append(line)
-        before, self.standing = self.standing, warnings(self.lines)
+        before, self.standing = self.standing, warnings(self.lines, self.elements)
         return [text for kind, text in self.standing.items() if kind not in before]
 
 

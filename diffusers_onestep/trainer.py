@@ -273,7 +273,7 @@ class Trainer:
             self._record = self.start_record()
             write_json(self.output_dir / "training_args.json", self.settings)
             truncate_log(self.output_dir / "log.jsonl", self.step)
-            self.health = Health(read_log(self.output_dir / "log.jsonl"))
+            self.health = Health(read_log(self.output_dir / "log.jsonl"), math.prod(self.distiller.sample_shape))
         start_trackers(accelerator, self.output_dir, self.step, self.settings)
         if self.step >= args.max_train_steps:  # perhaps stopped between the last checkpoint and the student
             self.write_student()

@@ -51,6 +51,11 @@ def test_what_goes_wrong_is_said_in_plain_words(log, kind, words):
     assert list(found) == [kind] and words in found[kind]
 
 
+def test_scores_farther_apart_than_any_two_images_are_wrong_from_the_start():
+    assert warnings(updates(1.0, GAP_WINDOW, 4000.0), 1024) == warnings(updates(1.0, GAP_WINDOW - 1, 9e4), 1024) == {}
+    assert "9e+04" in warnings(updates(1.0, GAP_WINDOW, 9e4), 1024)["score_gap"]
+
+
 def test_a_warning_comes_once_and_again_only_after_it_was_over():
     health = Health([])
     said = [bool(health.add({"diversity": value})) for value in (0.8, 0.4, 0.3, 0.7, 0.4)]
