@@ -1,5 +1,6 @@
 """Pushes by the real client to a Hub on this machine, loads from it, and what happens when things go wrong."""
 
+import dataclasses
 import json
 import os
 import re
@@ -339,7 +340,7 @@ def test_evaluation_puts_its_numbers_into_the_card_and_pushes(hub, folder, tmp_p
     measured = json.loads(files["metrics.json"])["results"][0]["value"]
     assert f"value: {round(measured, 4)}" in files["README.md"].decode() and "quality.png" in files
     with pytest.raises(ValueError, match=r"`output_dir` must be the student's folder to be pushed"):
-        evaluation.main(evaluation.EvaluateArguments(output_dir=str(tmp_path / "n"), push_to_hub=True))
+        evaluation.main(dataclasses.replace(args, output_dir=str(tmp_path / "n")))
 
 
 # loads
