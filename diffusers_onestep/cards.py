@@ -112,8 +112,7 @@ class _Row(dict):
 
 def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str, Any]:
     """What the template tells, read from the folder's files."""
-    files = ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json")
-    files += ("training_args.json",)
+    files = ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "training_args.json")
     index, scheduler, network, settings = (
         read_json(folder / file) if (folder / file).is_file() else {} for file in files
     )
@@ -242,9 +241,7 @@ def _networks(rows: list[_Row]) -> str:
     return "; ".join(f"{name}, digest of its weights `{digest}`" for name, digest in known)
 
 
-def _not_measured(
-    rows: list[_Row], own: list[_Row], kind: str, teacher: str | None, prompts: bool = False
-) -> list[str]:
+def _not_measured(rows: list[_Row], own: list[_Row], kind: str, teacher: str | None, prompts: bool) -> list[str]:
     """What a reader might look for in vain."""
     measured = " ".join(name for row in own for name in row.scores or [row.metric]).casefold()
     missing = [] if own else ["any distance between its images and real ones, and its speed"]

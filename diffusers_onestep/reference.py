@@ -80,7 +80,8 @@ class Reference:
         Raises:
             ValueError: if there is no reference, or if it is that of another extractor.
         """
-        if resolution is not None and str(reference).endswith((".safetensors", ".npz", "None")):
+        pictures = reference is not None and not str(reference).endswith((".safetensors", ".npz"))
+        if resolution is not None and not pictures:
             raise ValueError(f"`resolution` must be None but for a data set of pictures, but is {resolution}.")
         if reference is None:
             if extractor.label not in SHIPPED:

@@ -1,6 +1,7 @@
 """Cards are made from a folder alone, run as they stand, and are valid on the Hub."""
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -75,6 +76,14 @@ def test_the_gpu_is_named(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     assert provenance("command")["hardware"].endswith(", NVIDIA H100 80GB HBM3")
+
+
+def test_the_processor_is_named():
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.is_file() or "model name" not in cpuinfo.read_text():
+        pytest.skip("this system does not tell")
+    name = provenance("command")["hardware"].split(f", {os.cpu_count()} cores")[0]
+    assert f": {name}\n" in cpuinfo.read_text()
 
 
 def test_the_data_of_a_run_are_linked(folder):
