@@ -1,7 +1,9 @@
 """The flags that all training scripts share, and their reading from the command line or a YAML/JSON file."""
 
 import argparse
+import atexit
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
@@ -10,7 +12,7 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator, tracking
+from accelerate import Accelerator, PartialState, tracking
 from accelerate.utils import InitProcessGroupKwargs, LoggerType
 from transformers import HfArgumentParser
 
@@ -186,8 +188,17 @@ class TrainArguments(HubArguments):
 
 def patient_accelerator(**settings: Any) -> Accelerator:
     """An `Accelerator` whose ranks wait for hours where one of them samples or prepares alone (unless an earlier one
-    has made the process group)."""
+    has made the process group), and leave it in peace."""
+    atexit.register(leave_process_group)
     return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))], **settings)
+
+
+def leave_process_group() -> None:
+    """At the end of the process. Something may still hold the group (FSDP does), and with it gloo's threads: they need
+    Python once more, to let go of the last tensors, and without it they abort a process that had done its work."""
+    if torch.distributed.is_initialized():
+        PartialState().destroy_process_group()
+        time.sleep(0.5)
 
 
 def parse_args(

@@ -5,7 +5,6 @@ global batch): a resumed run repeats the draws exactly, and they do not depend o
 micro-batches.
 """
 
-import atexit
 import copy
 import importlib.util
 import json
@@ -123,7 +122,6 @@ class Trainer:
             args.gradient_accumulation_steps = args.global_batch_size // micro_batch
         if self.accelerator.device.type == "cpu":
             keep_freed_memory()
-        atexit.register(self.accelerator.state.destroy_process_group)
         self._check_launcher()
         self.sharding = Sharding.of(self.accelerator)
         if self.sharding:

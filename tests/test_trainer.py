@@ -2,6 +2,7 @@ import json
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from analytic import gaussian_denoiser
-from conftest import run, run_on_two_ranks, script, tiny_unet
+from conftest import ROOT, run, run_on_two_ranks, script, tiny_unet
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -133,6 +134,22 @@ def test_two_real_ranks_agree_with_one_process(teacher_folder, tmp_path):
     first, second = (torch.cat([(result[key] - start[key]).flatten() for key in start]) for result in results)
     assert first.abs().max() > 1e-4
     torch.testing.assert_close(first, second, rtol=0, atol=2e-3 * first.abs().max().item())
+
+
+HOLDS_ITS_GROUP = """
+import sys, torch
+from diffusers_onestep.arguments import patient_accelerator
+patient_accelerator()
+group = torch.distributed.group.WORLD  # as FSDP2 does, in caches
+sys.setswitchinterval(100)  # or gloo's thread gets Python before the process ends, nearly always
+torch.distributed.all_gather([torch.empty(4), torch.empty(4)], torch.ones(4))
+"""
+
+
+def test_a_process_group_that_something_holds_does_not_abort_the_end(tmp_path):
+    (tmp_path / "holds.py").write_text(HOLDS_ITS_GROUP)
+    for _ in range(3):  # every second one aborts without `leave_process_group`
+        run_on_two_ranks([sys.executable, str(tmp_path / "holds.py")], PYTHONPATH=str(ROOT))
 
 
 def assert_same_weights(a, b):
