@@ -12,6 +12,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
@@ -57,7 +58,7 @@ def load_index(path_or_id: str, **hub: Any) -> dict[str, Any]:
 
     Raises:
         ValueError: if there is no such repository or revision, or no access to it, or it holds no pipeline.
-        ConnectionError: if the Hub cannot be reached and the file is not in its cache.
+        ConnectionError: if the Hub fails, or cannot be reached and the file is not in its cache.
     """
     about = f"{path_or_id!r} must be a folder of a model, a shipped model {shipped_names()} or a Hub repository, but"
     if Path(path_or_id).is_dir():
@@ -86,13 +87,22 @@ def load_index(path_or_id: str, **hub: Any) -> dict[str, Any]:
         raise ValueError(f"{about} has no model_index.json: it holds no pipeline.") from error
     except HFValidationError as error:
         raise ValueError(f"{about} is none of them.") from error
+    except HfHubHTTPError as error:
+        raise _broken_off(path_or_id, error) from error
+
+
+def _broken_off(path_or_id: str, error: HfHubHTTPError) -> ConnectionError:
+    return ConnectionError(f"{path_or_id!r} did not arrive whole. Try again: what did is in the cache. ({error})")
 
 
 @contextmanager
 def safetensors_only(path_or_id: str) -> Iterator[None]:
-    """Load with `use_safetensors=True` inside: the error of weights that are none says why they are not loaded."""
+    """Load with `use_safetensors=True` inside: the error of weights that are none says why they are not loaded, and
+    that of a Hub that fails on the way how to go on."""
     try:
         yield
+    except HfHubHTTPError as error:
+        raise _broken_off(path_or_id, error) from error
     except OSError as error:
         if "safetensors" not in str(error):
             raise

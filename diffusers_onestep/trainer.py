@@ -623,6 +623,7 @@ class Trainer:
                 if values:
                     self.write_log(values)
                 self.draw_health()
+                log_picture(self.accelerator, self.output_dir / "health.png", self.step)
         self.sampled_step = self.step
         written = checkpoint_path(self.output_dir, self.step)
         if main and written.is_dir():  # a resumed run knows that they are there, and what is to be beaten
@@ -660,6 +661,7 @@ class Trainer:
         self.write_line(values)
         for text in self.health.add(values):
             logger.warning("Step %d: %s", self.step, text)
+            self.accelerator.log({"warning": text}, step=self.step)
             self.write_line({"warning": text})
             if self.args.stop_on_divergence:
                 self._divergence = text

@@ -375,6 +375,26 @@ def test_a_dropped_download_goes_on_where_it_stopped(hub, folder):
     assert not [path for _, path in hub.requests[before:] if "resolve" in path]
 
 
+@pytest.mark.parametrize(
+    "method, path, what", [("HEAD", "index", 500), ("GET", "safetensors", 429), ("GET", "api/models", 500)]
+)
+def test_a_passing_failure_of_a_download_is_survived(hub, folder, method, path, what):
+    push_student(folder, "student")
+    hub.fail(method, path, what)
+    assert np.array_equal(image_of("user/student"), image_of(folder))
+    assert not any(fault.times for fault in hub.faults)
+
+
+@pytest.mark.parametrize("path", ["resolve.*model_index", "resolve.*safetensors"])
+def test_a_download_that_failed_says_how_to_go_on(hub, folder, path):
+    push_student(folder, "student")
+    for load in (OneStepPipeline.from_pretrained, Teacher.from_pretrained):
+        hub.fail("GET", path, 500)
+        with pytest.raises(ConnectionError, match=r"'user/student' did not arrive whole\. Try again: .*500 Internal"):
+            load("user/student")
+    assert np.array_equal(image_of("user/student"), image_of(folder))
+
+
 def test_pickles_and_code_of_a_repository_are_refused(hub, tmp_path):
     pipeline = ConsistencyModelPipeline(tiny_unet(), DDPMScheduler())
     pipeline.save_pretrained(tmp_path / "pickled", safe_serialization=False)

@@ -21,6 +21,8 @@ def from_tensorboard(folder):
 
     events = EventAccumulator(str(folder / "logs" / "diffusers-onestep")).Reload()
     numbers = {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    [texts] = [events.Tensors(tag) for tag in events.Tags()["tensors"] if tag.startswith("warning")]
+    numbers["warning"] = {event.step: event.tensor_proto.string_val[0].decode() for event in texts}
     pictures = [(image.step, image.height) for image in events.Images("samples")]
     (config, *_) = (folder / "logs").rglob("hparams.yml")
     return numbers, pictures, config.read_text()
@@ -49,7 +51,7 @@ def from_wandb(folder):
             for name, value in values.items():
                 if name == "samples/height":
                     pictures.append((values["_step"], value))
-                elif isinstance(value, float | int):
+                elif isinstance(value, float | int | str):
                     numbers.setdefault(name, {})[values["_step"]] = value
     assert len(runs) == 1  # after the stop it goes on in the same one
     return numbers, pictures, settings
@@ -88,9 +90,11 @@ def test_numbers_pictures_and_settings_arrive_and_no_secret(read, tmp_path, monk
     monkeypatch.setattr("diffusers_onestep.trainer.draw_health", lambda *paths: None)  # takes its time
     pytest.importorskip(name)
 
+    diversities = iter([0.9, 0.3, 0.3])  # after step 2, after step 3, and after step 4 of the run that goes on
+
     def validate(folder):
         save_grid(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), folder / "samples.png", 2)
-        return {"distance": 7.0}
+        return {"distance": 7.0, "diversity": next(diversities)}
 
     folder = tmp_path / "out"
     settings = {"checkpointing_steps": 2, "report_to": name, "validation_steps": 2, "hub_token": TOKEN}
@@ -105,6 +109,7 @@ def test_numbers_pictures_and_settings_arrive_and_no_secret(read, tmp_path, monk
     expected = {line["step"]: line["loss/student"] for line in logged if "loss/student" in line}
     assert numbers["loss/student"] == pytest.approx(expected)
     assert set(numbers["distance"]) >= {2, 4} and set(pictures) >= {(2, 8), (4, 8)}
+    assert "it is collapsing" in numbers["warning"][4]
     assert "train_batch_size" in config and "64" in config
     for path in tmp_path.rglob("*"):
         if path.is_file():
