@@ -188,17 +188,24 @@ class TrainArguments(HubArguments):
 
 def patient_accelerator(**settings: Any) -> Accelerator:
     """An `Accelerator` whose ranks wait for hours where one of them samples or prepares alone (unless an earlier one
-    has made the process group), and leave it in peace."""
+    has made the process group), and that ends it in order."""
     atexit.register(leave_process_group)
     return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))], **settings)
 
 
-def leave_process_group() -> None:
-    """At the end of the process. Something may still hold the group (FSDP does), and with it gloo's threads: they need
-    Python once more, to let go of the last tensors, and without it they abort a process that had done its work."""
-    if torch.distributed.is_initialized():
-        PartialState().destroy_process_group()
-        time.sleep(0.5)
+def leave_process_group(failed: bool = True) -> None:
+    """At the end of the process, or of a script that has not `failed`.
+
+    Gloo's threads need Python once more, to let go of their last tensors, and without it they abort a process that had
+    done its work; half a second is far more than they need. They outlive the group where something still holds it, as
+    FSDP does. NCCL waits for the other ranks, which a rank that failed must not.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    if "nccl" in torch.distributed.get_backend() and failed:
+        return
+    PartialState().destroy_process_group()
+    time.sleep(0.5)
 
 
 def parse_args(
@@ -248,6 +255,7 @@ def run_script(main: Callable[[Any], None], arguments_class: type, presets: dict
     message."""
     with input_errors(Path(sys.argv[0]).name):
         main(parse_args(arguments_class, presets=presets))
+        leave_process_group(failed=False)
 
 
 def _as_flags(values: dict) -> list[str]:

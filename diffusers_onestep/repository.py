@@ -10,11 +10,13 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,
+    IncompleteSnapshotError,
     LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -66,50 +68,66 @@ def load_index(path_or_id: str, **hub: Any) -> dict[str, Any]:
         if not file.is_file():
             raise ValueError(f"{about} is a folder without a model_index.json.")
         return read_json(file)
-    try:
-        return read_json(Path(hf_hub_download(path_or_id, "model_index.json", **hub)))
-    except GatedRepoError as error:
-        raise ValueError(
-            f"{about} is gated: ask for access at https://huggingface.co/{path_or_id} and log in (`hf auth login`)."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ValueError(f"{about} does not exist, or is private: then log in with `hf auth login`.") from error
-    except RevisionNotFoundError as error:
-        raise ValueError(
-            f"`revision` must be a branch, tag or commit of {path_or_id!r}, but is {hub['revision']!r}."
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise ConnectionError(
-            f"{path_or_id!r} is no folder, no shipped model {shipped_names()} and not in the cache, and the Hub could "
-            "not be reached (or HF_HUB_OFFLINE is set): try again when it can."
-        ) from error
-    except EntryNotFoundError as error:
-        raise ValueError(f"{about} has no model_index.json: it holds no pipeline.") from error
-    except HFValidationError as error:
-        raise ValueError(f"{about} is none of them.") from error
-    except HfHubHTTPError as error:
-        raise _broken_off(path_or_id, error) from error
-
-
-def _broken_off(path_or_id: str, error: HfHubHTTPError) -> ConnectionError:
-    return ConnectionError(f"{path_or_id!r} did not arrive whole. Try again: what did is in the cache. ({error})")
+    with hub_errors(path_or_id, hub.get("revision")):
+        try:
+            return read_json(Path(hf_hub_download(path_or_id, "model_index.json", **hub)))
+        except RemoteEntryNotFoundError as error:
+            raise ValueError(f"{about} has no model_index.json: it holds no pipeline.") from error
+        except HFValidationError as error:
+            raise ValueError(f"{about} is none of them.") from error
 
 
 @contextmanager
-def safetensors_only(path_or_id: str) -> Iterator[None]:
-    """Load with `use_safetensors=True` inside: the error of weights that are none says why they are not loaded, and
-    that of a Hub that fails on the way how to go on."""
+def hub_errors(path_or_id: str, revision: str | None = None) -> Iterator[None]:
+    """Inside, what goes wrong on the way from the Hub is an error that says what to do about it."""
+    name = repr(path_or_id)
     try:
         yield
-    except HfHubHTTPError as error:
-        raise _broken_off(path_or_id, error) from error
-    except OSError as error:
-        if "safetensors" not in str(error):
-            raise
-        raise OSError(
-            f"{path_or_id!r} must have its weights as safetensors: others are pickles, which can run code. "
-            f"Ask its authors for safetensors, or convert the weights if you trust them. ({error})"
+    except GatedRepoError as error:
+        raise ValueError(
+            f"{name} is gated: ask for access at https://huggingface.co/{path_or_id} and log in (`hf auth login`)."
         ) from error
+    except RevisionNotFoundError as error:
+        raise ValueError(f"`revision` must be a branch, tag or commit of {name}, but is {revision!r}.") from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"{name} must be a folder of a model, a shipped model {shipped_names()} or a Hub repository, but does not "
+            "exist, or is private: then log in with `hf auth login`."
+        ) from error
+    except IncompleteSnapshotError as error:
+        raise ConnectionError(f"{name} is in the cache in part. Try again when the Hub can be reached.") from error
+    except LocalEntryNotFoundError as error:
+        raise ConnectionError(
+            f"{name} is no folder, no shipped model {shipped_names()} and not in the cache, and the Hub could not be "
+            "reached (or HF_HUB_OFFLINE is set): try again when it can."
+        ) from error
+    except HTTPError as error:
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
+        if 400 <= status < 500 and status not in (408, 429):
+            raise ValueError(f"{name} could not be read: {error}") from error
+        raise ConnectionError(
+            f"The Hub failed while {name} was downloaded ({error}). "
+            "Try again: files that have arrived are not downloaded twice."
+        ) from error
+
+
+@contextmanager
+def safetensors_only(path_or_id: str, revision: str | None = None) -> Iterator[None]:
+    """Load with `use_safetensors=True` inside: the error of weights that are none says why they are not loaded."""
+    with hub_errors(path_or_id, revision):
+        try:
+            yield
+        except (HTTPError, LocalEntryNotFoundError):
+            raise
+        except OSError as error:
+            if isinstance(error.__cause__, HTTPError | LocalEntryNotFoundError):  # diffusers has put it into its own
+                raise error.__cause__ from None
+            if "safetensors" not in str(error):
+                raise
+            raise OSError(
+                f"{path_or_id!r} must have its weights as safetensors: others are pickles, which can run code. "
+                f"Ask its authors for safetensors, or convert the weights if you trust them. ({error})"
+            ) from error
 
 
 def write_repository(

@@ -115,7 +115,7 @@ class Teacher:
         """
         path = resolve_model(path_or_id)
         index = load_index(path, revision=revision)
-        with safetensors_only(path):
+        with safetensors_only(path, revision):
             pipeline = DiffusionPipeline.from_pretrained(
                 path, revision=revision, variant=variant, use_safetensors=True, dtype=dtype
             )

@@ -55,6 +55,13 @@ def log_picture(accelerator: Accelerator, path: Path, step: int) -> None:
             tracker.log({path.stem: TrackioImage(picture)}, step=step)
 
 
+def log_text(accelerator: Accelerator, name: str, text: str, step: int) -> None:
+    """Show a text in the trackers that take one."""
+    for tracker in accelerator.trackers:
+        if tracker.name in ("tensorboard", "wandb", "trackio"):
+            tracker.log({name: text}, step=step)
+
+
 def finish_trackers(accelerator: Accelerator) -> None:
     """Not `end_training`, which takes the process group from a second `train()` of the same process."""
     for tracker in accelerator.trackers:

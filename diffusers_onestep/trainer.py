@@ -51,7 +51,7 @@ from .run_folder import (
     truncate_log,
 )
 from .sharding import Sharding, gather, keep_input_dtypes, load_part, local, save_part, whole, without_weights
-from .trackers import finish_trackers, log_picture, start_trackers
+from .trackers import finish_trackers, log_picture, log_text, start_trackers
 
 logger = get_logger(__name__)
 
@@ -659,12 +659,14 @@ class Trainer:
     def write_log(self, values: dict[str, float]) -> None:
         self.accelerator.log(values, step=self.step)
         self.write_line(values)
-        for text in self.health.add(values):
+        texts = self.health.add(values)
+        for text in texts:
             logger.warning("Step %d: %s", self.step, text)
-            self.accelerator.log({"warning": text}, step=self.step)
             self.write_line({"warning": text})
             if self.args.stop_on_divergence:
                 self._divergence = text
+        if texts:
+            log_text(self.accelerator, "warning", "\n".join(texts), self.step)
 
     def write_line(self, values: dict[str, float | str]) -> None:
         about = {"step": self.step, "images": self.images_seen, "seconds": round(self.train_seconds, 1)}

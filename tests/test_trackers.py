@@ -13,6 +13,7 @@ from diffusers_onestep import train
 from diffusers_onestep.pictures import save_grid
 from diffusers_onestep.run_folder import checkpoints
 
+PICTURES = {"samples": 8, "health": 24}  # and their heights
 TOKEN, SECRET = "hf_" + "a1B2" * 6, "the-value-of-a-secret-variable"
 
 
@@ -23,7 +24,7 @@ def from_tensorboard(folder):
     numbers = {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
     [texts] = [events.Tensors(tag) for tag in events.Tags()["tensors"] if tag.startswith("warning")]
     numbers["warning"] = {event.step: event.tensor_proto.string_val[0].decode() for event in texts}
-    pictures = [(image.step, image.height) for image in events.Images("samples")]
+    pictures = [(image.step, image.height) for name in PICTURES for image in events.Images(name)]
     (config, *_) = (folder / "logs").rglob("hparams.yml")
     return numbers, pictures, config.read_text()
 
@@ -49,7 +50,7 @@ def from_wandb(folder):
             settings += "".join(f"{item.key}: {item.value_json}\n" for item in record.config.update)
             values = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
             for name, value in values.items():
-                if name == "samples/height":
+                if name in [f"{picture}/height" for picture in PICTURES]:
                     pictures.append((values["_step"], value))
                 elif isinstance(value, float | int | str):
                     numbers.setdefault(name, {})[values["_step"]] = value
@@ -69,7 +70,7 @@ def from_trackio(folder):
         for key, value in json.loads(metrics).items():
             if isinstance(value, dict):
                 assert (TRACKIO_DIR / "media" / value["file_path"]).is_file()
-                pictures.append((step, 8))
+                pictures.append((step, PICTURES[key]))
             else:
                 numbers.setdefault(key, {})[step] = value
     return numbers, pictures, config.decode()
@@ -87,7 +88,8 @@ def test_numbers_pictures_and_settings_arrive_and_no_secret(read, tmp_path, monk
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.setenv("SOME_API_KEY", SECRET)
     monkeypatch.setattr(sys, "argv", ["train.py", "--hub_token", TOKEN, "--caption_column", "text"])
-    monkeypatch.setattr("diffusers_onestep.trainer.draw_health", lambda *paths: None)  # takes its time
+    tiny = torch.zeros(3, 1, 4, 4, dtype=torch.uint8)  # the real one takes its time
+    monkeypatch.setattr("diffusers_onestep.trainer.draw_health", lambda log, output: save_grid(tiny, output, 1))
     pytest.importorskip(name)
 
     diversities = iter([0.9, 0.3, 0.3])  # after step 2, after step 3, and after step 4 of the run that goes on
@@ -108,7 +110,7 @@ def test_numbers_pictures_and_settings_arrive_and_no_secret(read, tmp_path, monk
     logged = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     expected = {line["step"]: line["loss/student"] for line in logged if "loss/student" in line}
     assert numbers["loss/student"] == pytest.approx(expected)
-    assert set(numbers["distance"]) >= {2, 4} and set(pictures) >= {(2, 8), (4, 8)}
+    assert set(numbers["distance"]) >= {2, 4} and set(pictures) >= {(2, 8), (4, 8), (2, 24), (4, 24)}
     assert "it is collapsing" in numbers["warning"][4]
     assert "train_batch_size" in config and "64" in config
     for path in tmp_path.rglob("*"):

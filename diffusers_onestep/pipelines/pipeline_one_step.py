@@ -73,7 +73,7 @@ class OneStepPipeline(DiffusionPipeline):
         Raises:
             ValueError: if the repository names a pipeline that is no student of a kind this class samples, or does
                 not exist, or may not be read.
-            ConnectionError: if it is not in the cache and the Hub cannot be reached.
+            ConnectionError: if it is not in the cache and the Hub fails, or cannot be reached.
             OSError: if it has no safetensors weights.
         """
         if kwargs.get("use_safetensors") is False:
@@ -93,9 +93,9 @@ class OneStepPipeline(DiffusionPipeline):
                         "`pretrained_model_name_or_path` must name a pipeline of "
                         f"{(*PIXEL_PIPELINES, *TEXT_TO_IMAGE_PIPELINES)}, but {path!r} names {name!r}."
                     )
-                with safetensors_only(path):
+                with safetensors_only(path, kwargs.get("revision")):
                     return TEXT_TO_IMAGE_PIPELINES[name].from_pretrained(path, **kwargs)
-        with safetensors_only(path):
+        with safetensors_only(path, kwargs.get("revision")):
             return super().from_pretrained(path, **kwargs)
 
     def to_json_string(self) -> str:
