@@ -62,7 +62,7 @@ def load_index(path_or_id: str, **hub: Any) -> dict[str, Any]:
         ValueError: if there is no such repository or revision, or no access to it, or it holds no pipeline.
         ConnectionError: if the Hub fails, or cannot be reached and the file is not in its cache.
     """
-    about = f"{path_or_id!r} must be a folder of a model, a shipped model {shipped_names()} or a Hub repository, but"
+    about = _about(path_or_id)
     if Path(path_or_id).is_dir():
         file = Path(path_or_id) / "model_index.json"
         if not file.is_file():
@@ -75,6 +75,10 @@ def load_index(path_or_id: str, **hub: Any) -> dict[str, Any]:
             raise ValueError(f"{about} has no model_index.json: it holds no pipeline.") from error
         except HFValidationError as error:
             raise ValueError(f"{about} is none of them.") from error
+
+
+def _about(path_or_id: str) -> str:
+    return f"{path_or_id!r} must be a folder of a model, a shipped model {shipped_names()} or a Hub repository, but"
 
 
 @contextmanager
@@ -91,8 +95,7 @@ def hub_errors(path_or_id: str, revision: str | None = None) -> Iterator[None]:
         raise ValueError(f"`revision` must be a branch, tag or commit of {name}, but is {revision!r}.") from error
     except RepositoryNotFoundError as error:
         raise ValueError(
-            f"{name} must be a folder of a model, a shipped model {shipped_names()} or a Hub repository, but does not "
-            "exist, or is private: then log in with `hf auth login`."
+            f"{_about(path_or_id)} does not exist, or is private: then log in with `hf auth login`."
         ) from error
     except IncompleteSnapshotError as error:
         raise ConnectionError(f"{name} is in the cache in part. Try again when the Hub can be reached.") from error
@@ -120,8 +123,6 @@ def safetensors_only(path_or_id: str, revision: str | None = None) -> Iterator[N
         except (HTTPError, LocalEntryNotFoundError):
             raise
         except OSError as error:
-            if isinstance(error.__cause__, HTTPError | LocalEntryNotFoundError):  # diffusers has put it into its own
-                raise error.__cause__ from None
             if "safetensors" not in str(error):
                 raise
             raise OSError(

@@ -395,6 +395,13 @@ def test_a_download_that_failed_says_how_to_go_on(hub, folder, path):
     assert np.array_equal(image_of("user/student"), image_of(folder))
 
 
+def test_a_download_that_is_refused_is_not_to_be_tried_again(hub, folder):
+    push_student(folder, "student")
+    hub.fail("GET", "resolve.*safetensors", 451)
+    with pytest.raises(ValueError, match=r"'user/student' could not be read: .*451"):
+        OneStepPipeline.from_pretrained("user/student")
+
+
 def test_a_student_that_has_arrived_in_part_is_not_called_a_pickle(hub, folder, monkeypatch):
     push_student(folder, "student")
     hub.fail("GET", "resolve.*safetensors", 500)

@@ -4,6 +4,7 @@ import json
 import sqlite3
 import struct
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from test_trainer import Scripted, arguments, batches_of
 from diffusers_onestep import train
 from diffusers_onestep.pictures import save_grid
 from diffusers_onestep.run_folder import checkpoints
+from diffusers_onestep.trackers import log_text
 
 PICTURES = {"samples": 8, "health": 24}  # and their heights
 TOKEN, SECRET = "hf_" + "a1B2" * 6, "the-value-of-a-secret-variable"
@@ -117,3 +119,16 @@ def test_numbers_pictures_and_settings_arrive_and_no_secret(read, tmp_path, monk
         if path.is_file():
             content = path.read_bytes()
             assert TOKEN.encode() not in content and SECRET.encode() not in content, path
+
+
+def test_a_text_is_shown_only_where_one_is_taken():
+    class Tracker:
+        def __init__(self, name):
+            self.name, self.texts = name, []
+
+        def log(self, values, step):
+            self.texts.append((values, step))
+
+    wandb, aim = Tracker("wandb"), Tracker("aim")  # aim ends a run that logs a text
+    log_text(SimpleNamespace(trackers=[wandb, aim]), "warning", "it is collapsing", 4)
+    assert wandb.texts == [({"warning": "it is collapsing"}, 4)] and not aim.texts

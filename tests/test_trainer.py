@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_onestep import DMD, Denoiser, EDMSchedule, OneStepPipeline, SiD, Teacher, VPSchedule, train
-from diffusers_onestep.arguments import TrainArguments
+from diffusers_onestep.arguments import TrainArguments, leave_process_group
 from diffusers_onestep.cli import main
 from diffusers_onestep.data import Batches, Conditions, LabelledImages
 from diffusers_onestep.hooks import student_hooks
@@ -150,6 +150,17 @@ def test_a_process_group_that_something_holds_does_not_abort_the_end(tmp_path):
     (tmp_path / "holds.py").write_text(HOLDS_ITS_GROUP)
     for _ in range(3):  # every second one aborts without `leave_process_group`
         run_on_two_ranks([sys.executable, str(tmp_path / "holds.py")], PYTHONPATH=str(ROOT))
+
+
+@pytest.mark.parametrize("backend, left", [("gloo", 2), ("cpu:gloo,cuda:nccl", 1)])
+def test_a_rank_that_failed_does_not_wait_for_the_others_of_nccl(monkeypatch, backend, left):
+    ended = []
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_backend", lambda: backend)
+    monkeypatch.setattr("accelerate.PartialState.destroy_process_group", lambda self: ended.append(self))
+    leave_process_group(failed=True)
+    leave_process_group(failed=False)
+    assert len(ended) == left
 
 
 def assert_same_weights(a, b):
