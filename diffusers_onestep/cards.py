@@ -15,7 +15,7 @@ from .conditions import label_embeddings
 from .files import read_json, write_text
 from .lora import LORA_WEIGHTS
 from .records import on_hub, read_record, without_secrets
-from .reports import markdown_table
+from .reports import markdown_table, stated_root
 from .repository import ASSETS, resolve_model
 
 logger = logging.get_logger(__name__)
@@ -152,6 +152,7 @@ def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str
         "kind": kind,
         "nfe": len(steps) or None,
         "tables": tables,
+        "stated_root": stated_root,
         "scheduler_class": scheduler["_class_name"],
         "whole": bool(parts),
         "ours_alone": ours_alone,

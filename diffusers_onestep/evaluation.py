@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -61,7 +62,9 @@ class Generated:
     nfe: int
     seed: int
     images_per_second: float
+    speed_error: float
     latency: float
+    latency_error: float
     resolution: list[int]
     extractor: Extractor
     features: torch.Tensor
@@ -131,13 +134,26 @@ def generate(
 
     features, logits, cosines = shared(num_samples, batch_size, all_processes, work, desc=f"{name}, NFE {nfe}")
     timed = timed[1:] or timed  # the first of several batches is a warm-up of this shape
-    speeds = [sum(n for n, _ in timed) / max(sum(t for _, t in timed), 1e-9)] if timed else []
-    speed = sum(gather_object(speeds)) if all_processes and PartialState().num_processes > 1 else speeds[0]
-    latency = sorted(latencies)[LATENCY_CALLS // 2]
+    speeds = [images_per_second(timed)] if timed else []
+    if all_processes and PartialState().num_processes > 1:
+        speeds = gather_object(speeds)
+    speed, speed_error = sum(speed for speed, _ in speeds), math.hypot(*(error for _, error in speeds))
+    latency = median(latencies), bootstrap_error(lambda calls: calls.median().item(), latencies, resamples=100)
     kinds = len(prompts) if prompts is not None else pipeline.num_labels or 1
     groups = torch.arange(num_samples) % kinds if num_samples > kinds else None
     size, asked = list(image.shape[-2:]), cond.get("prompt")
-    return Generated(name, nfe, seed, speed, latency, size, extractor, features, logits, groups, asked, cosines, clip)
+    seconds = (speed, speed_error, *latency)
+    return Generated(name, nfe, seed, *seconds, size, extractor, features, logits, groups, asked, cosines, clip)
+
+
+def images_per_second(timed: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """Speed of batches (images, seconds), and its standard error as that of a ratio (Cochran 1977, Sec. 6.3); nan for
+    one batch."""
+    images, seconds = torch.tensor(timed, dtype=torch.float64).T
+    speed = (images.sum() / seconds.sum()).item()
+    if len(timed) < 2:
+        return speed, math.nan
+    return speed, standard_error(images - speed * seconds) / seconds.mean().item()
 
 
 def measure(
@@ -172,8 +188,7 @@ def measure(
     digest = extractor.digest()
 
     def score(value: float, error: float, extractor: Extractor, digest: str, compared: int | None = None) -> Score:
-        known = error if math.isfinite(error) else None
-        return Score(value, known, len(samples.features), extractor.label, digest, compared)
+        return Score(value, known(error), len(samples.features), extractor.label, digest, compared)
 
     for metric in metrics:
         if metric == "clip_score":
@@ -198,11 +213,18 @@ def measure(
         first.error,
         first.weights,
         samples.latency,
+        known(samples.latency_error),
+        known(samples.speed_error),
         reference.source if reference else None,
         reference.num_images if reference else None,
         samples.resolution,
         scores,
     )
+
+
+def known(error: float) -> float | None:
+    """None where there were too few samples for an error."""
+    return error if math.isfinite(error) else None
 
 
 def _numbers(metric: str, samples: Generated, reference: Reference | None, teacher: Generated | None):

@@ -40,7 +40,9 @@ class Metrics:
     seed: int
     error: float | None = None  # standard error of `value`
     extractor: str | None = None  # digest of the feature network's weights
-    latency: float | None = None  # seconds of one image by itself
+    latency: float | None = None  # seconds of one image by itself, the median of some calls
+    latency_error: float | None = None  # standard errors
+    speed_error: float | None = None
     reference: str | None = None
     num_reference: int | None = None
     resolution: list[int] | None = None  # height and width of the images, in pixels
@@ -61,9 +63,8 @@ def markdown_table(rows: list[Metrics]) -> str:
     for row in rows:
         own = row.scores or {row.metric: row}
         cells = [stated(own[name].value, own[name].error) if name in own else "–" for name in names]
-        latency = "–" if row.latency is None else f"{1000 * row.latency:.3g}"
-        speed = row.images_per_second
-        cells = [row.model, str(row.nfe), *cells, latency, f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}"]
+        latency = "–" if row.latency is None else measured(1000 * row.latency, 1000 * (row.latency_error or 0))
+        cells = [row.model, str(row.nfe), *cells, latency, measured(row.images_per_second, row.speed_error)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -74,6 +75,17 @@ def stated(value: float, error: float | None) -> str:
         return f"{value:#.3g}"
     digits = min(6, max(0, 1 - math.floor(math.log10(error))))
     return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def measured(value: float, error: float | None) -> str:
+    """A time or a speed, which may be large; to whole numbers if its error is not known."""
+    return stated(value, error) if error or value < 10 else f"{value:,.0f}"
+
+
+def stated_root(mean_square: float, error: float | None) -> str:
+    """The root of a mean square whose standard error is given, with the error that it has by it."""
+    root = mean_square**0.5
+    return stated(root, error / (2 * root) if error and root else None)
 
 
 def comparison_grid(above: Sampler, below: Sampler, noise: torch.Tensor, cond: dict[str, Any], path: Path) -> None:

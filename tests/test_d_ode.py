@@ -17,7 +17,18 @@ from families import tiny_pipeline
 
 import diffusers_onestep
 from diffusers_onestep import fit_d_ode
-from diffusers_onestep.methods.dode import _fit_call, _Run, end_of, nested_teacher, solve, trajectory
+from diffusers_onestep.methods.dode import (
+    _fit_call,
+    _Run,
+    end_of,
+    mean_and_stderr,
+    nested_teacher,
+    solve,
+    square_distances,
+    trajectory,
+)
+from diffusers_onestep.metrics import standard_error
+from diffusers_onestep.reports import stated_root
 from diffusers_onestep.schedulers import DISTILLED_SCHEDULERS, solver_for
 from diffusers_onestep.schedulers import SOLVERS as NAMED
 from diffusers_onestep.schedulers.scheduling_d_ode import distilled_copy, first_order
@@ -479,23 +490,36 @@ state = diffusers_onestep.methods.dode.PartialState()
 noise = noises(60, seed=2).double()[state.process_index :: state.num_processes]
 report = fit(build("dpm2"), predict_for("dpm2"), 4, noise, batch_size=17)
 if state.is_main_process:
-    numbers = [report.table["batch_size"], report.lambdas, report.stderr, report.heldout_mse]
+    numbers = [report.table["batch_size"], report.lambdas, report.stderr, report.heldout_mse, report.heldout_stderr]
     Path(sys.argv[1]).write_text(json.dumps(numbers))
 state.destroy_process_group()
 """
+
+
+def test_a_held_out_rmse_has_the_standard_error_of_its_samples():
+    a, b = torch.zeros(3, 1, 2), torch.tensor([1.0, 2.0, 6.0]).sqrt()[:, None, None].expand(3, 1, 2)
+    squares = square_distances(a, b)
+    assert mean_and_stderr(squares) == (pytest.approx(3), pytest.approx((7 / 3) ** 0.5))
+    assert standard_error(squares) == pytest.approx((7 / 3) ** 0.5)
+    assert mean_and_stderr(squares[:1]) == (pytest.approx(1), None)
+    assert stated_root(4.0, 0.4) == "2.00 ± 0.10"
+    assert stated_root(4.0, None) == "2.00" and stated_root(0.0, 0.0) == "0.00"
+    report = fit(build("ddim"), predict_for("ddim"), 5)
+    assert report.table["heldout_stderr"] == report.heldout_stderr > 0
+    assert f"RMSE to the teacher {stated_root(report.heldout_mse, report.heldout_stderr)}, base" in str(report)
 
 
 def test_two_ranks_in_float64_agree_to_1e_10(tmp_path):
     (tmp_path / "fit.py").write_text(TWO_RANKS)
     command = [sys.executable, str(tmp_path / "fit.py"), str(tmp_path / "numbers.json")]
     run_on_two_ranks(command, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
-    count, lambdas, stderr, heldout_mse = json.loads((tmp_path / "numbers.json").read_text())
+    count, lambdas, stderr, *heldout = json.loads((tmp_path / "numbers.json").read_text())
     whole = fit(build("dpm2"), predict_for("dpm2"), 4, noises(60, seed=2).double())
     assert count == 60 and any(any(row) for row in lambdas)
     for ours, theirs in ((whole.lambdas, lambdas), (whole.stderr, stderr)):
         for a, b in zip(ours, theirs, strict=True):
             assert a == pytest.approx(b, rel=1e-10)
-    assert heldout_mse == pytest.approx(whole.heldout_mse, rel=1e-10)
+    assert heldout == pytest.approx([whole.heldout_mse, whole.heldout_stderr], rel=1e-10)
 
 
 def test_orthogonal_transforms_do_not_matter_to_a_rotation_invariant_denoiser():
@@ -1338,7 +1362,8 @@ def test_the_comparison_runs_and_goes_on(teacher, solver, tmp_path):
     run(script("compare_solvers.py", *flags, "--network_evaluations", 3, 5))
     content = json.loads((tmp_path / "metrics.json").read_text())
     assert len(content["results"]) == len(content["errors"]) and (tmp_path / "solvers.png").is_file()
-    assert f"| {solver} |" in (tmp_path / "table.md").read_text()
+    assert all(row["rmse"] / 100 < row["error"] < row["rmse"] for row in content["errors"])
+    assert f"| {solver} |" in (table := (tmp_path / "table.md").read_text()) and "Standard errors are at most" in table
     run(script("compare_solvers.py", *flags, "--network_evaluations", 3, 5))
     assert json.loads((tmp_path / "metrics.json").read_text())["results"] == content["results"]
 

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import re
 import tomllib
 
@@ -23,7 +24,7 @@ from test_extractors import tiny_clip
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffusers_onestep import Metrics, OneStepPipeline, Teacher, evaluate
-from diffusers_onestep.evaluation import METRICS, generate, measure
+from diffusers_onestep.evaluation import METRICS, generate, images_per_second, measure
 from diffusers_onestep.features import FashionCNN, load_extractor
 from diffusers_onestep.pictures import picture
 from diffusers_onestep.reference import Reference
@@ -102,7 +103,7 @@ def test_errors_cover_what_another_seed_finds():
     pipe, network = OneStepPipeline.from_pretrained("fashion32-onestep"), FashionCNN.from_shipped()
     reference = Reference.load(None, network)
     reference = dataclasses.replace(reference, features=reference.features[:500])
-    draws = [generate(pipe, network, num_samples=300, batch_size=150, seed=seed) for seed in (0, 1)]
+    draws = [generate(pipe, network, num_samples=300, batch_size=100, seed=seed) for seed in (0, 1)]
     metrics = [metric for metric in OF_PIXELS if metric != "agreement"]
     first, second = (measure(samples, reference, metrics) for samples in draws)
     for name, score in first.scores.items():
@@ -111,7 +112,20 @@ def test_errors_cover_what_another_seed_finds():
     # in the order of the noises: it agrees with itself, and other noises give other images
     same = measure(draws[0], None, ["agreement"], draws[0]), measure(draws[0], None, ["agreement"], draws[1])
     assert same[0].value == 1 and abs(same[1].value) < 0.2
-    assert draws[0].latency > 0 and draws[0].images_per_second > 0
+    assert draws[0].latency > draws[0].latency_error > 0 and draws[0].images_per_second > draws[0].speed_error > 0
+
+
+def test_a_speed_has_the_standard_error_of_its_batches():
+    speed, error = images_per_second([(4, 1.0), (4, 3.0), (4, 5.0)])
+    assert speed == pytest.approx(4 / 3)
+    assert error == pytest.approx(speed * 2 / 3**0.5 / 3)  # relative, that of the seconds' mean: 3 +- 2 / sqrt(3)
+    assert images_per_second([(4, 2.0), (2, 1.0)]) == (2, 0)  # a last batch may be smaller
+    one, unknown = images_per_second([(4, 2.0)])
+    assert one == 2 and math.isnan(unknown)
+    row = Metrics("m", 1, "FD-fashion", 0.85, 10, 1234.5, 0, latency=1.5, latency_error=0.02, speed_error=23.0)
+    assert markdown_table([row]).splitlines()[-1] == "| m | 1 | 0.850 | 1500 ± 20 | 1234 ± 23 |"
+    row = dataclasses.replace(row, latency_error=None, speed_error=None)
+    assert markdown_table([row]).splitlines()[-1] == "| m | 1 | 0.850 | 1,500 | 1,234 |"
 
 
 def test_colour_images_of_another_size_with_general_features(tmp_path):
@@ -377,7 +391,7 @@ def test_files_of_an_earlier_version_still_read(tmp_path):
     """A row as it was written before there were several numbers of one model."""
     old = {"model": "m", "nfe": 1, "metric": "FD-fashion", "value": 0.85, "num_samples": 10, "images_per_second": 9.0}
     row = Metrics(**old, seed=0)
-    assert markdown_table([row]).splitlines()[-1] == "| m | 1 | 0.850 | – | 9 |"
+    assert markdown_table([row]).splitlines()[-1] == "| m | 1 | 0.850 | – | 9.00 |"
     write_metrics(tmp_path / "metrics.json", [row], command="here")
     written = json.loads((tmp_path / "metrics.json").read_text())
     assert written["command"] == "here" and old.items() <= written["results"][0].items()

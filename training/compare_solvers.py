@@ -7,6 +7,7 @@ writes the fitted schedulers, `metrics.json` (after every row, so that a stopped
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from diffusers import UniPCMultistepScheduler
 from diffusers_onestep import Metrics, Teacher, evaluate, fit_d_ode
 from diffusers_onestep.arguments import patient_accelerator, run_script
 from diffusers_onestep.files import write_json
-from diffusers_onestep.methods.dode import DODEReport, end_of, trajectory
+from diffusers_onestep.methods.dode import DODEReport, end_of, mean_and_stderr, square_distances, trajectory
 from diffusers_onestep.records import command_line, provenance
 from diffusers_onestep.sampler import shared_inputs
 from diffusers_onestep.schedulers import DODESchedulerMixin, distilled_copy, solver_for
@@ -142,9 +143,9 @@ class Comparison:
         if self.target is None:
             fine = solver_for("edm-dpmsolver++" if self.is_edm else "dpmsolver++", self.teacher.scheduler)
             self.target = self.end(fine, FINE_STEPS)
-        square = ((self.end(scheduler, steps) - self.target).double() ** 2).sum()
-        sums = self.accelerator.reduce(torch.stack([square, square.new_tensor(self.target.numel())]), "sum")
-        self.keep("errors", {"model": name, "nfe": nfe, "rmse": (sums[0] / sums[1]).sqrt().item()})
+        mean, stderr = mean_and_stderr(square_distances(self.end(scheduler, steps), self.target))
+        error = stderr and stderr / (2 * mean**0.5)
+        self.keep("errors", {"model": name, "nfe": nfe, "rmse": mean**0.5, "error": error})
 
     @torch.no_grad()
     def end(self, scheduler, steps: int) -> torch.Tensor:
@@ -248,6 +249,9 @@ def table(content: dict, budgets: list[int]) -> str:
                 lines.append(f"| {model} | " + " | ".join(cells) + " |")
         lines.append("")
     seconds = content["seconds"]
+    shares = [max(row.error / row.value for row in results if row.error)]
+    shares += [max((row["error"] / row["rmse"] for row in content["errors"] if row.get("error")), default=math.nan)]
+    lines.append("Standard errors are at most {:.1%} of the distances and {:.1%} of the RMSE.".format(*shares))
     lines.append(
         f"Fitting {seconds['fit_solver']} for {seconds['fit_steps']} steps took {seconds['fit']:.0f} s; sampling "
         f"1,000 images with 100 steps {seconds['sampling_1000_images_100_steps']:.0f} s.\n"

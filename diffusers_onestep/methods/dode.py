@@ -16,6 +16,7 @@ from diffusers.utils import logging
 from tqdm.auto import tqdm
 
 from ..denoiser import Cond
+from ..reports import stated_root
 from ..sampling import check_deterministic
 from ..schedulers.scheduling_d_ode import (
     DistilledDPMSolverMultistepScheduler,
@@ -47,6 +48,7 @@ class DODEReport:
         stderr: their sandwich standard errors.
         cosine: `cos` between the fitted correction and the error of the base step.
         heldout_mse, heldout_mse_base: mean squared distance of the final samples to the teacher's, on held-out noise.
+        heldout_stderr, heldout_stderr_base: their standard errors; None for one sample.
         accepted: whether the first is not above the second; only then is the table registered.
     """
 
@@ -56,6 +58,8 @@ class DODEReport:
     cosine: list[float]
     heldout_mse: float
     heldout_mse_base: float
+    heldout_stderr: float | None
+    heldout_stderr_base: float | None
     accepted: bool
     network_evaluations: int
     seconds: float
@@ -67,8 +71,9 @@ class DODEReport:
             fitted = ", ".join(f"{v:+.4f} ± {e:.4f}" for v, e in zip(lambdas, stderr, strict=True))
             lines.append(f"  call {call}: lambda {fitted}, cos {cosine:.3f}")
         verdict = "accepted" if self.accepted else "REFUSED: the base solver is nearer to the teacher"
-        rmse, rmse_base = self.heldout_mse**0.5, self.heldout_mse_base**0.5
-        lines.append(f"  held-out RMSE to the teacher {rmse:.5f}, base solver {rmse_base:.5f}: {verdict}")
+        rmse = stated_root(self.heldout_mse, self.heldout_stderr)
+        rmse_base = stated_root(self.heldout_mse_base, self.heldout_stderr_base)
+        lines.append(f"  held-out RMSE to the teacher {rmse}, base solver {rmse_base}: {verdict}")
         return "\n".join(lines)
 
 
@@ -194,18 +199,17 @@ def fit_d_ode(
             "batch_size": count,
             "teacher": {"class": teacher._stock_class.__name__, "steps": len(teacher.nodes) - 1},
         }
-        error, error_base = _held_out(student, teacher, places, held_parts, counted, num_inference_steps, table)
-    if not math.isfinite(error + error_base):
+        held_out = _held_out(student, teacher, places, held_parts, counted, num_inference_steps, table)
+    if not math.isfinite(held_out["heldout_mse"] + held_out["heldout_mse_base"]):
         raise FloatingPointError(f"D-ODE: the held-out samples of {num_inference_steps} steps are not finite.")
-    accepted = error <= error_base
-    table |= {"heldout_mse": error, "heldout_mse_base": error_base}
+    accepted = held_out["heldout_mse"] <= held_out["heldout_mse_base"]
+    table |= held_out
     report = DODEReport(
         num_inference_steps=num_inference_steps,
         lambdas=lambdas,
         stderr=stderr,
         cosine=cosine,
-        heldout_mse=error,
-        heldout_mse_base=error_base,
+        **held_out,
         accepted=accepted,
         network_evaluations=counted.samples,
         seconds=time.perf_counter() - started,
@@ -415,21 +419,35 @@ def _fit_call(runs: list[_Run], ridge: float, where: str) -> tuple[list[float], 
     return lambdas.tolist(), errors.tolist(), float(cosine)
 
 
-def _held_out(student, teacher, places, parts, predict, steps: int, table: dict) -> tuple[float, float]:
-    """Mean squared distance to the teacher's final samples: of the distilled solver, and of its base."""
+def _held_out(student, teacher, places, parts, predict, steps: int, table: dict) -> dict[str, float | None]:
+    """Mean squared distance to the teacher's final samples and its standard error: of the distilled solver, and of
+    its base."""
     fitted = copy.deepcopy(student)
     fitted.add_table(steps, table)
-    sums = torch.zeros(3, dtype=torch.float64)
+    squares, squares_base = [], []
     for noise, cond in parts:
         x = noise * student.init_noise_sigma
         target = _teacher_states(student, teacher, places, x, cond, predict)[-1]
-        for place, solver in enumerate((fitted, student)):
+        for solver, own in ((fitted, squares), (student, squares_base)):
             solver.set_timesteps(steps, device=noise.device)
             final = end_of(trajectory(solver, x, cond, predict))
-            sums[place] += ((final - target).double() ** 2).sum().cpu()
-        sums[2] += target.numel()
-    error, error_base, count = _total(sums.to(parts[0][0].device)).tolist()
-    return error / count, error_base / count
+            own.append(square_distances(final, target))
+    (error, stderr), (error_base, stderr_base) = (mean_and_stderr(torch.cat(own)) for own in (squares, squares_base))
+    errors = {"heldout_stderr": stderr, "heldout_stderr_base": stderr_base}
+    return {"heldout_mse": error, "heldout_mse_base": error_base} | errors
+
+
+def square_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Mean squared distance of each sample `(B,)`, in float64."""
+    return ((a - b).double() ** 2).flatten(1).mean(1)
+
+
+def mean_and_stderr(values: torch.Tensor) -> tuple[float, float | None]:
+    """Mean of values `(n,)` over the samples of all processes, and its standard error; None for one sample."""
+    count, mean = (_total(v).item() for v in (torch.tensor(len(values), device=values.device), values.sum()))
+    mean /= count
+    square = _total(((values - mean) ** 2).sum()).item()
+    return mean, (square / (count - 1) / count) ** 0.5 if count > 1 else None
 
 
 def _total(value: torch.Tensor) -> torch.Tensor:
