@@ -144,6 +144,11 @@ def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str
     ours_alone = index.get("_class_name") == "OneStepPipeline" or not pixels or learned_variance
     base_license = run.get("base_license", {})  # of what a converted U-Net was put into
     terms = base_license | run.get("license", {})
+    start_license = run.get("start", {}).get("license", {})  # of the student that it went on from
+    given, start_terms = (own.get("license_name") or own.get("license") for own in (terms, start_license))
+    start_terms = start_terms if start_terms != given else None
+    licenses = run.get("license", {}), base_license, start_license
+    joined = {"license": "other", "license_name": f"{given or 'unknown'}-and-{start_terms}"} if start_terms else {}
     return {
         "source": _arguments(name, revision),
         "stock_source": _arguments(name, revision, stock=True),
@@ -173,11 +178,12 @@ def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str
         "converted": "sha256" in run,
         "paper": run.get("paper"),
         "bibtex": _bibtex(run["paper"]) if run.get("paper") else None,
-        "license": {"license": "unknown"} | run.get("license", {}),
+        "license": joined or {"license": "unknown"} | run.get("license", {}),
+        "start_terms": start_terms,
         "notice": notice.read_text(encoding="utf-8") if notice.is_file() else terms.get("notice"),
         "gated": terms.get("gated"),
         "base_license": base_license,
-        "restrictions": list(dict.fromkeys(_restrictions(run.get("license", {})) + _restrictions(base_license))),
+        "restrictions": list(dict.fromkeys(s for terms in licenses for s in _restrictions(terms))),
         "settings": settings,
         "settings_yaml": yaml.safe_dump({k: v for k, v in settings.items() if v is not None}, sort_keys=False).strip(),
         "metrics": metrics,

@@ -1,5 +1,6 @@
 """Pushes to the Hub: one commit of a student, its card, metrics and pictures."""
 
+import json
 import shlex
 import tempfile
 from pathlib import Path
@@ -17,7 +18,7 @@ from .records import look_up_license, without_secrets
 logger = logging.get_logger(__name__)
 
 # what scripts write beside the model: of an earlier push it says nothing of this one
-_REPLACED = ("samples.png", "quality.png", "health.png", "metrics.json", LORA_WEIGHTS)
+_REPLACED = ("model_index.json", "NOTICE", "samples.png", "quality.png", "health.png", "metrics.json", LORA_WEIGHTS)
 _NO_SAFETENSORS = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5", ".onnx"}
 
 
@@ -53,15 +54,16 @@ def open_repository(repo_id: str, *, private: bool | None = None, token: str | N
         `str`: its whole name, with the user's.
 
     Raises:
-        ValueError: if it is public already and `private` asks for a private one.
+        ValueError: if `repo_id` is no name of a repository, or it is public already and `private` asks for a private
+            one.
         ConnectionError: if the Hub refused or could not be reached.
     """
     api = HfApi(token=token)
     try:
         name = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
         public = private and not api.model_info(name).private
-    except HFValidationError:
-        raise
+    except HFValidationError as error:
+        raise ValueError(f"`repo_id` must be 'user/name' or 'name', but is {repo_id!r}: {error}") from error
     except Exception as error:  # the HTTP library and its errors changed between versions of the Hub client
         raise ConnectionError(f"The Hub did not open the repository {repo_id!r}{_reason(error)}") from error
     if public:
@@ -81,20 +83,22 @@ def push_student(
     """Push a student to the Hub: one commit of the model, its card, metrics and pictures, and nothing else.
 
     The folder is only read, but for its card, which is made anew with the name of the repository (one that was edited
-    by hand, or downloaded, stays as it is); a card that was edited on the Hub stays there. Files of the same
-    model parts, metrics, pictures and adapters that are on the Hub and not in the folder are deleted. Of several
-    processes the main one pushes.
+    by hand, or downloaded, stays as it is); a card that was edited on the Hub stays there. Parts of the model that is
+    there, metrics, pictures and adapters that are on the Hub and not in the folder are deleted. Of several processes
+    the main one pushes.
 
     Args:
         folder (`str` or `Path`): what a script of `training/` wrote.
         repo_id (`str`): `"user/name"`, or `"name"` for the user who is logged in; made if it is not there.
         private (`bool`, *optional*): make a new repository private.
-        revision (`str`, *optional*): branch to commit to; made if it is not there. Default: `main`.
+        revision (`str`, *optional*): branch to commit to, made if it is not there, or the `refs/pr/N` of a pull
+            request. Default: `main`.
         create_pr (`bool`, *optional*, defaults to `False`): open a pull request against `main` instead.
         token (`str`, *optional*): default: `HF_TOKEN`, or what `hf auth login` stored.
 
     Returns:
-        `str`: URL of the commit or the pull request; None on other processes than the main one.
+        `str`: URL of the commit or the pull request (of the commit that is there, if nothing has changed); None on
+            other processes than the main one.
 
     Raises:
         ValueError: if the folder holds no whole student, or a file with a secret in it; or if the repository should be
@@ -124,17 +128,19 @@ def push_student(
         create_model_card(folder, repo_id=name, revision=revision)
         files = student_files(folder)
         _check_secrets(folder, files)
-        if revision is not None:
+        if revision is not None and not revision.startswith("refs/"):
             api.create_branch(name, branch=revision, exist_ok=True)
         there = set(api.list_repo_files(name, revision=revision))
         made = is_ours((folder / "README.md").read_text(encoding="utf-8"))  # else somebody wrote it here
-        if made and "README.md" in there and _is_edited(_remote_card(api, name, revision)):
+        if made and "README.md" in there and _is_edited(_remote(api, name, "README.md", revision)):
             logger.warning(
                 f"The card of {name} was edited on the Hub and stays as it is; delete it there for a new one."
             )
             files.remove("README.md")
-        parts = tuple({f"{file.split('/')[0]}/" for file in files if "/" in file})
-        replaced = {file for file in there if file.startswith(parts) or file in _REPLACED}
+        parts = {file.split("/")[0] for file in files if "/" in file}
+        if "model_index.json" in there:
+            parts |= json.loads(_remote(api, name, "model_index.json", revision)).keys()
+        replaced = {file for file in there if file.split("/")[0] in parts or file in _REPLACED}
         info: CommitInfo = api.create_commit(  # one, where `upload_folder` may make several
             name,
             [CommitOperationAdd(file, folder / file) for file in files]
@@ -150,13 +156,13 @@ def push_student(
             f"The push to {repo_id!r} did not go through{_reason(error)} Nothing is lost: {str(folder)!r} is whole. "
             f"Try again with\n\n    {shlex.join(again)}\n"
         ) from error
-    return info.pr_url if create_pr else info.commit_url
+    return info.pr_url or info.commit_url
 
 
-def _remote_card(api: HfApi, name: str, revision: str | None) -> str:
-    """The card as it is on the Hub."""
+def _remote(api: HfApi, name: str, file: str, revision: str | None) -> str:
+    """A text as it is on the Hub."""
     with tempfile.TemporaryDirectory() as folder:
-        path = api.hf_hub_download(name, "README.md", revision=revision, local_dir=folder)
+        path = api.hf_hub_download(name, file, revision=revision, local_dir=folder)
         return Path(path).read_text(encoding="utf-8")
 
 
@@ -175,9 +181,9 @@ def _reason(error: Exception) -> str:
 
 
 def _check_secrets(folder: Path, files: list[str]) -> None:
-    """Refuse to publish a token or password that got into a card, a config or the metrics."""
+    """Refuse to publish a token or password that got into a card, a config, the metrics or a notice."""
     for file in files:
-        if Path(file).suffix in (".json", ".md") and "tokenizer" not in file:
-            text = (folder / file).read_text(encoding="utf-8")
+        if Path(file).suffix not in (".safetensors", ".png") and "tokenizer" not in file:
+            text = (folder / file).read_text(encoding="utf-8", errors="replace")
             if without_secrets(text) != text:
                 raise ValueError(f"`folder` must hold no secrets, but {str(folder / file)!r} has one: take it out.")

@@ -32,12 +32,16 @@ CONVERSION_RECORD = "conversion.json"  # the same of a published file that was c
 PACKAGES = ("diffusers-onestep", "torch", "diffusers", "transformers", "accelerate", "peft", "torch-fidelity")
 
 HIDDEN = "REDACTED"
-_SECRET_NAME = re.compile(r"(?:^|[_-])(?:token|secret|passphrase|credentials?|(?:api)?key)$|passw(?:or)?d$", re.I)
+_SECRET_NAME = re.compile(
+    r"(?:(?:^|[_-])(?:token|secret|passphrase|credentials?|(?:api)?key)|[_-](?:pass|pwd|pat)|passw(?:or)?d)"
+    r"(?:[_-](?:read|write|ro|rw|\d+))?$",
+    re.I,
+)
 _SECRET_IN_URL = re.compile(
     r"([?&](?:[\w-]*(?:token|key|secret|passw(?:or)?d|signature)|sig|x-amz-[\w-]+)=)[^&\s\"']+", re.I
 )
 _SECRET_SHAPE = re.compile(
-    r"\bhf_\w{20,}|\bsk-[\w-]{20,}|\bgh[opsu]_\w{20,}|\bgithub_pat_\w{20,}|\bAKIA[A-Z0-9]{16}\b|(?<=://)[^/\s@]+(?=@)"
+    r"\bhf_\w{20,}|\bsk-[\w-]{20,}|\bgh[opsu]_\w{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{20,}|\bxox[abeprs]-[\w-]{10,}|\bAIza[\w-]{35}|\bAKIA[A-Z0-9]{16}\b|(?<=://)[^/\s@]+(?=@)"
 )
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 

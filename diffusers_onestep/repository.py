@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 )
 from torch import nn
 
-from .files import read_json
+from .files import read_json, write_json
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -123,8 +123,13 @@ def safetensors_only(path_or_id: str, revision: str | None = None) -> Iterator[N
         except (HTTPError, LocalEntryNotFoundError):
             raise
         except OSError as error:
-            if "safetensors" not in str(error):
+            if error.errno is not None or "safetensors" not in str(error):  # a full disk, no permission
                 raise
+            if "Unable to load weights" in str(error):
+                raise OSError(
+                    f"{path_or_id!r} must have weights that can be read: a file is damaged or incomplete, get it "
+                    f"again. ({error})"
+                ) from error
             raise OSError(
                 f"{path_or_id!r} must have its weights as safetensors: others are pickles, which can run code. "
                 f"Ask its authors for safetensors, or convert the weights if you trust them. ({error})"
@@ -189,6 +194,10 @@ def write_parts(pipeline: DiffusionPipeline, folder: Path, names: Iterable[str])
 
 
 def _move(beside: Path, folder: Path) -> None:
+    for config in beside.glob("*/*config.json"):  # where the parts came from: folders of this machine
+        content = read_json(config)
+        if content.pop("_name_or_path", None) is not None:
+            write_json(config, content)
     files = sorted((f for f in beside.rglob("*") if f.is_file()), key=lambda f: f.name == "model_index.json")
     for file in files:
         target = folder / file.relative_to(beside)

@@ -39,7 +39,7 @@ from .lora import is_adapted
 from .methods.base import Batch, Distiller, sample_generators
 from .models import cast
 from .optimization import average_gradients, configure_networks, keep_freed_memory, optimizer_class, set_learning_rate
-from .records import RUN_RECORD, on_hub, run_record, without_secret_settings
+from .records import RUN_RECORD, license_of, on_hub, run_record, without_secret_settings
 from .run_folder import (
     checkpoint_path,
     checkpoint_to_go_on_from,
@@ -531,6 +531,7 @@ class Trainer:
     def start_record(self) -> dict:
         """Method, teacher, command, versions and hardware of this run."""
         origin, args = self.distiller.origin, self.args
+        start = getattr(args, "student_init", None)
         return run_record(
             type(self.distiller).__name__,
             self.distiller.paper,
@@ -540,6 +541,7 @@ class Trainer:
         ) | {
             "guidance_scale": getattr(self.distiller.teacher, "guidance_scale", 1.0),
             "datasets": on_hub([getattr(args, name, None) for name in ("dataset", "dataset_name", "pairs")]),
+            **({"start": {"name": start, "license": license_of(start)}} if start else {}),
         }
 
     def resume(self, path: Path) -> None:

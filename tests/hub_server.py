@@ -251,6 +251,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.json(answer)
 
     def branch(self, name, repository, branch):
+        if branch.startswith("refs/"):
+            return self.json({"error": f"Invalid reference for a branch: {branch}"}, 400)
         if branch in repository.refs:
             return self.json({"error": "Reference already exists"}, 409)
         repository.refs[branch] = repository.refs["main"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from accelerate import PartialState
-from conftest import ROOT, tiny_unet, training_module
+from conftest import ROOT, run_script, tiny_unet, training_module
 from diffusers import ConsistencyModelPipeline, DDPMScheduler
 from huggingface_hub import ModelCard
 from test_dkdm import DIT
@@ -214,6 +214,49 @@ def test_hub_teachers_become_the_base_model(folder):
     assert (data.base_model, data.base_model_relation) == ("google/ddpm-cifar10-32", "finetune")
 
 
+def test_a_student_that_went_on_from_anothers_is_under_both_licences(licensed, teacher_folder, tmp_path):
+    start = shutil.copytree(teacher_folder, tmp_path / "start")
+    (start / "README.md").write_text("---\nlicense: cc-by-nc-sa-4.0\n---\n")
+    flags = ["--pretrained_teacher_model", licensed, "--student_init", start, "--max_train_steps", "1"]
+    flags += ["--train_batch_size", "2", "--output_dir"]
+    run_script("train_sid", *flags, tmp_path / "out")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.license == "other" and card.data.license_name == "creativeml-openrail-m-and-cc-by-nc-sa-4.0"
+    for part in ("Commercial use of this model is not allowed.", "use-based restrictions", "must be under the same",
+                 f"It started from `{start}`.", "under cc-by-nc-sa-4.0: the terms of both hold."):  # fmt: skip
+        assert part in card.text, part
+    (start / "README.md").write_text("---\nlicense: creativeml-openrail-m\n---\n")
+    run_script("train_sid", *flags, tmp_path / "same")
+    card = ModelCard.load(tmp_path / "same" / "README.md")
+    assert card.data.license == "creativeml-openrail-m" and "terms of both" not in card.text
+
+
+def test_a_published_config_does_not_tell_where_its_parts_came_from(student, licensed, tmp_path):
+    assert str(licensed) in Teacher.from_pretrained(licensed).denoiser.network.config._name_or_path
+    assert all(str(licensed) not in config.read_text() for config in student.glob("*/*config.json"))
+
+
+def test_the_card_of_a_shipped_teachers_adapter_imports_what_it_calls(folder):
+    (folder / "pytorch_lora_weights.safetensors").write_bytes(b"an adapter")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["text_encoder"] = ["transformers", "CLIPTextModel"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    record = json.loads((folder / "training_run.json").read_text())
+    (folder / "training_run.json").write_text(json.dumps(record | {"teacher": "emoji-sd"}))
+    code = python_blocks(create_model_card(folder).read_text())[-1]
+    assert "load_lora_weights" in code and 'shipped_model("emoji-sd")' in code
+    imports = [line for line in code.splitlines() if line.startswith("from ")]
+    exec("\n".join(imports), known := {})
+    assert {"DiffusionPipeline", "shipped_model"} <= known.keys()
+
+
+def test_numbers_from_a_python_session_keep_their_machine(folder):
+    row = {"metric": "FD-fashion", "num_samples": 10, "seed": 0, "value": 1.5, "nfe": 1, "images_per_second": 2.0}
+    about = {"command": "", "hardware": "a machine", "versions": {"torch": "2"}}
+    (folder / "metrics.json").write_text(json.dumps(about | {"results": [row | {"model": "student"}]}))
+    assert "Measured on a machine, with torch 2, in a Python session." in create_model_card(folder).read_text()
+
+
 def test_own_words_stay(folder):
     (folder / "notes.md").write_text("Looks best at night.\n")
     assert "Looks best at night." in create_model_card(folder).read_text()
@@ -353,6 +396,13 @@ def test_secrets_in_commands_and_settings_are_hidden(monkeypatch):
     assert without_secrets(signed) == (
         "https://h/x.npz?part=1&X-Amz-Signature=REDACTED&sig=REDACTED&token=REDACTED&v=2"
     )
+    for name in ("DB_PASS", "MYSQL_PWD", "HF_TOKEN_READ", "OPENAI_API_KEY_2"):
+        monkeypatch.setenv(name, f"value-of-{name}")
+        assert without_secrets(f"as value-of-{name}") == "as REDACTED"
+    for token in ("glpat-" + "x" * 20, "xoxb-1234567890-abc", "AIza" + "x" * 35):
+        assert without_secrets(token) == "REDACTED"
+    monkeypatch.setenv("PWD", "/home/somewhere")  # a folder
+    assert without_secrets("/home/somewhere") == "/home/somewhere"
     monkeypatch.setenv("PGPASSWORD", "postgres-password")
     assert without_secrets("as postgres-password") == "as REDACTED"
     assert without_secrets("hf_" + "x" * 30) == "REDACTED" and without_secrets("hf_hub") == "hf_hub"

@@ -14,6 +14,7 @@ from conftest import ROOT, run, run_on_two_ranks, run_script, script, tiny_unet
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.utils import DummyObject
 from families import tiny_pipeline
+from test_cards import python_blocks
 
 import diffusers_onestep
 from diffusers_onestep import fit_d_ode
@@ -984,6 +985,26 @@ def test_the_script_writes_a_scheduler_that_keeps_earlier_tables(fitted_folder):
         pipe(class_labels=0)
     with pytest.raises(ValueError, match=r"fitted numbers \[4, 5, 10\], but is 7"):
         pipe(class_labels=0, num_inference_steps=7)
+
+
+@pytest.mark.parametrize("pipeline", ["DDPMPipeline", "DDIMPipeline"])
+@pytest.mark.parametrize("solver, classes", [("ddim", 2), ("euler", None)])
+def test_a_solver_with_its_teachers_weights_samples_alike_by_both_blocks_of_its_card(
+    pipeline, solver, classes, tmp_path, monkeypatch
+):
+    stock = getattr(diffusers, pipeline)(tiny_unet(classes=classes), DDPMScheduler())
+    stock.save_pretrained(tmp_path / "teacher")
+    run_script(
+        "fit_d_ode", "--pretrained_teacher_model", tmp_path / "teacher", "--output_dir", tmp_path / "out",
+        "--solver", solver, "--num_inference_steps", 4, "--scale", 5, "--num_samples", 12, "--num_holdout_samples", 12,
+        "--batch_size", 6, "--save_pipeline",
+    )  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    images = []
+    for code in python_blocks((tmp_path / "out" / "README.md").read_text()):
+        exec(code, {})
+        images.append((tmp_path / "sample.png").read_bytes())
+    assert len(images) == 2 and images[0] == images[1]
 
 
 NOTES = {"teacher_model": "a", "revision": None, "variant": None, "guidance_scale": 2.0, "embedded_guidance": 3.5}

@@ -143,11 +143,20 @@ def test_files_of_an_earlier_student_do_not_stay(hub, folder):
     assert {repository.files()[f"notes/mine.{kind}"] for kind in ("txt", "png")} == {b"kept"} and set(
         repository.files()
     ) >= STUDENT
+    # a solver by itself takes the place of a whole model
+    for name in ("model_index.json", "NOTICE", "samples.png", "health.png", "pytorch_lora_weights.safetensors"):
+        (folder / name).unlink()
+    shutil.rmtree(folder / "unet")
+    push_student(folder, "student")
+    rest = {"scheduler/scheduler_config.json", "README.md", ".gitattributes"}
+    assert set(repository.files()) == rest | {"notes/mine.txt", "notes/mine.png"}
 
 
 def test_branch_and_pull_request(hub, folder):
     with pytest.raises(ValueError, match="`revision` must be None with `create_pr`"):
         push_student(folder, "student", revision="dev/one", create_pr=True)
+    with pytest.raises(ValueError, match="`repo_id` must be 'user/name' or 'name', but is 'user/my student'"):
+        push_student(folder, "user/my student")
     assert not hub.repositories
     push_student(folder, "student", revision="dev/one")
     repository = hub.repositories["user/student"]
@@ -157,6 +166,12 @@ def test_branch_and_pull_request(hub, folder):
     url = push_student(folder, "student", create_pr=True)
     assert url == f"{hub.endpoint}/user/student/discussions/1"
     assert set(repository.files()) == {".gitattributes"} and set(repository.files("refs/pr/1")) >= STUDENT
+    (folder / "samples.png").write_bytes(b"better")
+    push_student(folder, "student", revision="refs/pr/1")  # the same pull request goes on
+    assert repository.files("refs/pr/1")["samples.png"] == b"better" and "refs/pr/2" not in repository.refs
+    push_student(folder, "student")
+    head = push_student(folder, "student")  # nothing has changed
+    assert "/commit/" in head and push_student(folder, "student", create_pr=True) == head
 
 
 def test_pushed_student_in_fresh_processes_makes_the_same_image(hub, folder, tmp_path):
@@ -252,6 +267,10 @@ def test_secrets_do_not_leave_the_machine(hub, folder, monkeypatch):
     assert b"Logged with REDACTED." in everything and b"wandb-secret-value" not in everything
     (folder / "metrics.json").write_text(json.dumps({"command": f"x --hub_token {TOKEN}", "results": []}))
     with pytest.raises(ValueError, match=r"`folder` must hold no secrets, but '.*metrics.json' has one"):
+        push_student(folder, "student")
+    (folder / "metrics.json").unlink()
+    (folder / "NOTICE").write_text(f"From https://me:{TOKEN}@host/drawings\n")
+    with pytest.raises(ValueError, match=r"`folder` must hold no secrets, but '.*NOTICE' has one"):
         push_student(folder, "student")
 
 
@@ -413,6 +432,14 @@ def test_a_student_that_has_arrived_in_part_is_not_called_a_pickle(hub, folder, 
     monkeypatch.setenv("HF_TOKEN", "hf_nobody")
     with pytest.raises(ValueError, match="'user/student' is gated: ask for access"):
         OneStepPipeline.from_pretrained("user/student")
+
+
+def test_a_damaged_file_is_not_called_a_pickle(folder):
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    for load in (OneStepPipeline.from_pretrained, Teacher.from_pretrained):
+        with pytest.raises(OSError, match=r"must have weights that can be read: a file is damaged or incomplete"):
+            load(folder)
 
 
 def test_pickles_and_code_of_a_repository_are_refused(hub, tmp_path):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from diffusers_onestep import Teacher, create_model_card, fit_d_ode
+from diffusers_onestep import OneStepPipeline, Teacher, create_model_card, fit_d_ode
 from diffusers_onestep.arguments import DTYPES, HubArguments, patient_accelerator, run_script
 from diffusers_onestep.files import write_json
 from diffusers_onestep.methods.base import normal, sample_generators
@@ -208,8 +208,12 @@ def finish(teacher: Teacher, scheduler: DODESchedulerMixin, args: FitArguments, 
     for."""
     folder = Path(args.output_dir)
     if args.save_pipeline:
-        teacher.pipeline.register_modules(scheduler=scheduler)
-        write_repository(teacher.pipeline, folder)
+        pipeline = teacher.pipeline
+        if teacher.takes_prompts:
+            pipeline.register_modules(scheduler=scheduler)
+        else:  # stock DDPM and DDIM pipelines know neither labels nor the calls of other solvers
+            pipeline = OneStepPipeline(teacher.denoiser.network, scheduler, teacher.id2label)
+        write_repository(pipeline, folder)
     write_json(folder / "training_args.json", without_secret_settings(asdict(args)))
     record = run_record("D-ODE", paper, args.pretrained_teacher_model, args.revision)
     labels = {"id2label": teacher.id2label, "num_labels": None if teacher.takes_prompts else teacher.num_labels}
