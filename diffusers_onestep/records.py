@@ -127,8 +127,10 @@ def license_of(path_or_id: str, revision: str | None = None) -> dict[str, Any]:
         return notice
     found = notice | {key: data.get(key) for key in _LICENSE_KEYS if data.get(key)}
     link = found.get("license_link")
-    if link and "://" not in link and not folder.is_dir():
-        found["license_link"] = f"https://huggingface.co/{path_or_id}/blob/{revision or 'main'}/{link}"
+    if link and "://" not in link:
+        del found["license_link"]  # a file in this folder, which no student's card could link to
+        if not folder.is_dir():
+            found["license_link"] = f"https://huggingface.co/{path_or_id}/blob/{revision or 'main'}/{link}"
     if data.get("extra_gated_prompt") or data.get("extra_gated_fields"):
         found["gated"] = True
     return found

@@ -25,6 +25,7 @@ from test_conversion import DDPMPP, SONG, network
 
 from diffusers_onestep import OneStepPipeline, Teacher, convert, create_model_card, push_student
 from diffusers_onestep.cli import main
+from diffusers_onestep.records import license_of
 from diffusers_onestep.repository import ASSETS, shipped_names
 
 STUDENT = {
@@ -432,6 +433,18 @@ def test_a_student_that_has_arrived_in_part_is_not_called_a_pickle(hub, folder, 
     monkeypatch.setenv("HF_TOKEN", "hf_nobody")
     with pytest.raises(ValueError, match="'user/student' is gated: ask for access"):
         OneStepPipeline.from_pretrained("user/student")
+
+
+def test_a_licence_in_the_teachers_own_repository_is_linked_there(hub, tmp_path):
+    card = "---\nlicense: other\nlicense_name: own-terms\nlicense_link: LICENSE.md\n---\n"
+    (tmp_path / "README.md").write_text(card)
+    hub.repositories["user/teacher"] = Repository()
+    hub.repositories["user/teacher"].commit("main", {"README.md": card.encode()}, "theirs")
+    terms = {"license": "other", "license_name": "own-terms"}
+    assert license_of("user/teacher") == terms | {
+        "license_link": "https://huggingface.co/user/teacher/blob/main/LICENSE.md"
+    }
+    assert license_of(str(tmp_path)) == terms  # nobody else has this folder
 
 
 def test_a_damaged_file_is_not_called_a_pickle(folder):
