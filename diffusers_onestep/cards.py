@@ -147,6 +147,7 @@ def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str
     start_license = run.get("start", {}).get("license", {})  # of the student that it went on from
     given, start_terms = (own.get("license_name") or own.get("license") for own in (terms, start_license))
     start_terms = start_terms if start_terms != given else None
+    loaded = {"revision": run.get("revision"), "variant": settings.get("variant")}
     licenses = run.get("license", {}), base_license, start_license
     joined = {"license": "other", "license_name": f"{given or 'unknown'}-and-{start_terms}"} if start_terms else {}
     return {
@@ -171,8 +172,8 @@ def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str
         "guidance_scale": guidance,
         "stock_guidance": _stock_guidance(index, scheduler, 1.0 if kind == "student" else guidance),
         "teacher": teacher,
-        "teacher_source": _arguments(teacher or "its teacher", run.get("revision"), stock=True),
-        "teacher_own_source": _arguments(teacher or "its teacher", run.get("revision")),
+        "teacher_source": _arguments(teacher or "its teacher", **loaded, stock=True),
+        "teacher_own_source": _arguments(teacher or "its teacher", **loaded),
         "teacher_shipped": teacher is not None and _is_shipped(teacher),
         "run": run,
         "converted": "sha256" in run,
@@ -196,12 +197,13 @@ def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str
     }
 
 
-def _arguments(name: str, revision: str | None, stock: bool = False) -> str:
+def _arguments(name: str, revision: str | None, variant: str | None = None, stock: bool = False) -> str:
     """How code names a model to `from_pretrained`, ours or (which does not know the shipped ones) a stock one."""
     source = json.dumps(name)
     if stock and _is_shipped(name):
         source = f"shipped_model({source})"
-    return source if revision is None else f"{source}, revision={json.dumps(revision)}"
+    given = {"revision": revision, "variant": variant}
+    return ", ".join([source, *(f"{key}={json.dumps(value)}" for key, value in given.items() if value)])
 
 
 def _stock_guidance(index: dict[str, Any], scheduler: dict[str, Any], guidance_scale: float) -> str:

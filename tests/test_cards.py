@@ -250,6 +250,15 @@ def test_the_card_of_a_shipped_teachers_adapter_imports_what_it_calls(folder):
     assert {"DiffusionPipeline", "shipped_model"} <= known.keys()
 
 
+def test_the_teachers_files_are_loaded_as_the_run_loaded_them(folder):
+    for name in ("unet", "model_index.json"):
+        shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+    for name, own in (("training_run.json", {"revision": "v2"}), ("training_args.json", {"variant": "fp16"})):
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | own))
+    (code,) = python_blocks(create_model_card(folder).read_text())
+    assert re.search(r'OneStepPipeline.from_pretrained\(".*", revision="v2", variant="fp16"\)', code)
+
+
 def test_numbers_from_a_python_session_keep_their_machine(folder):
     row = {"metric": "FD-fashion", "num_samples": 10, "seed": 0, "value": 1.5, "nfe": 1, "images_per_second": 2.0}
     about = {"command": "", "hardware": "a machine", "versions": {"torch": "2"}}
