@@ -155,6 +155,8 @@ class TrainArguments(HubArguments):
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, but is {getattr(self, name)}.")
+        if self.validation_samples == 1:
+            raise ValueError("`validation_samples` must be 0 or at least 2, but is 1: one image has no distance.")
         if self.optimizer not in ("adamw", "radam", "adamw8bit"):
             raise ValueError(f"`optimizer` must be 'adamw', 'radam' or 'adamw8bit', but is {self.optimizer!r}.")
         if self.teacher_dtype not in (None, *DTYPES):

@@ -115,6 +115,8 @@ def generate(
         pipeline, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, scheduler=scheduler
     )
     noise, cond = inputs_of(pipeline, num_samples, seed, prompts, resolution)
+    if clip and "prompt" not in cond:
+        raise ValueError(f"`metrics` must be without 'clip_score' for a {type(pipeline).__name__} without prompts.")
     one = range(1)
     with evaluations_of(network_of(pipeline)) as seen:
         image = run(noise[:1], part_of(cond, one), torch.Generator().manual_seed(seed))  # warm-up
@@ -140,7 +142,7 @@ def generate(
     speed, speed_error = sum(speed for speed, _ in speeds), math.hypot(*(error for _, error in speeds))
     latency = median(latencies), bootstrap_error(lambda calls: calls.median().item(), latencies, resamples=100)
     kinds = len(prompts) if prompts is not None else pipeline.num_labels or 1
-    groups = torch.arange(num_samples) % kinds if num_samples > kinds else None
+    groups = torch.arange(num_samples) % kinds if num_samples >= 2 * kinds else None  # pairs of most of them
     size, asked = list(image.shape[-2:]), cond.get("prompt")
     seconds = (speed, speed_error, *latency)
     return Generated(name, nfe, seed, *seconds, size, extractor, features, logits, groups, asked, cosines, clip)
@@ -179,11 +181,7 @@ def measure(
         need = {"fd", *AGAINST_IMAGES} if wanted == "reference" else {"agreement"}
         if given is None and need & set(metrics):
             raise ValueError(f"`{wanted}` must be given for the metrics {sorted(need & set(metrics))}, but is None.")
-    if reference is not None and reference.features is None and AGAINST_IMAGES & set(metrics):
-        raise ValueError(
-            f"`reference` must hold features for the metrics {sorted(AGAINST_IMAGES & set(metrics))}, but has moments "
-            "alone: give images, or a file of make_reference.py."
-        )
+    check_reference(reference, metrics)
     extractor, scores = samples.extractor, {}
     digest = extractor.digest()
 
@@ -267,6 +265,16 @@ def check_metrics(metrics: Sequence[str]) -> None:
         raise ValueError(f"`metrics` must be some of {list(METRICS)}, but are {list(metrics)}.")
 
 
+def check_reference(reference: Reference | None, metrics: Sequence[str]) -> None:
+    """Raise a `ValueError` if metrics want features of real images and the reference has their moments alone."""
+    wanting = sorted(AGAINST_IMAGES & set(metrics))
+    if reference is not None and reference.features is None and wanting:
+        raise ValueError(
+            f"`reference` must hold features for the metrics {wanting}, but has moments alone: give images, or a file "
+            "of make_reference.py."
+        )
+
+
 def evaluate(
     pipeline: Teacher | DiffusionPipeline,
     *,
@@ -320,6 +328,7 @@ def evaluate(
         clip_model = load_extractor("clip", clip_model, device)
     if not isinstance(reference, Reference) and {"fd", *AGAINST_IMAGES} & set(metrics):
         reference = Reference.load(reference, extractor)
+    check_reference(reference, metrics)
     samples = generate(
         pipeline,
         extractor,

@@ -30,7 +30,8 @@ WINDOW = 20  # logged updates that the lag is the median of: one batch says litt
 # where the fake score follows, |lag| stays below 1; but both scores start as one, and a lag that is measured against
 # their small difference may be large then: what counts is that it grows
 LAG_LIMIT, LAG_GROWTH = 1.5, 1.5
-# a fake score that is lost tends to a lag of -1, while the difference of the two scores grows
+# a fake score that is lost tends to a lag of -1, while the difference of the two scores grows within few updates; that
+# of a healthy run starts at 0 and grows steadily until the fake score follows
 GAP_WINDOW, GAP_GROWTH = 5, 4
 DIVERSITY_LIMIT = 0.5  # of the teacher's
 PATIENCE = 5  # validations since the best
@@ -130,7 +131,8 @@ def warnings(lines: list[dict[str, Any]], elements: float = math.inf) -> dict[st
         )
     gaps = [line["score_gap"] for line in lines if "score_gap" in line]
     if len(gaps) >= GAP_WINDOW:
-        before, now = median(gaps[:-GAP_WINDOW] or gaps), median(gaps[-GAP_WINDOW:])
+        windows = [median(gaps[i : i + GAP_WINDOW]) for i in range(len(gaps) - GAP_WINDOW + 1)]
+        before, now = max(windows[:-GAP_WINDOW], default=math.inf), windows[-1]
         grown = len(gaps) >= 3 * GAP_WINDOW and now > GAP_GROWTH * before > 0
         if grown or now > 4 * elements:
             than = (

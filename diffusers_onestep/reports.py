@@ -92,6 +92,8 @@ def comparison_grid(above: Sampler, below: Sampler, noise: torch.Tensor, cond: d
     """A picture of one model (upper row of each pair) and another (lower) on the same noises and conditions."""
     columns, generators = (len(noise) + 1) // 2, [between_steps(0, 0) for _ in range(2)]
     pictures = [run(noise, cond, generator) for run, generator in zip((above, below), generators, strict=True)]
+    if len(noise) % 2:  # the last row of an odd number is filled with white
+        pictures = [torch.cat([picture, torch.full_like(picture[:1], 255)]) for picture in pictures]
     rows = [part for pair in zip(*(p.split(columns) for p in pictures), strict=True) for part in pair]
     save_grid(torch.cat(rows), path, columns, scale=2 if rows[0].shape[-1] <= 64 else 1)
 

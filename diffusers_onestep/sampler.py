@@ -60,20 +60,20 @@ def takes_prompts(pipeline: Teacher | DiffusionPipeline) -> bool:
 
 
 def spread(count: int, available: int) -> list[int]:
-    """Which of the `available` prompts `count` samples have: all in turn or, with fewer samples than prompts, some
-    from beginning to end, since files of prompts are often sorted by what they show."""
+    """Which of the `available` labels or prompts `count` samples have: all in turn or, with fewer samples than those,
+    some from beginning to end, since they are often sorted by what they show."""
     return [i * available // count if count < available else i % available for i in range(count)]
 
 
 def shared_inputs(
     shape: Sequence[int], num_labels: int | None, num_samples: int, seed: int, prompts: Sequence[str] | None = None
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The same unit-variance noises for every model, and labels in turn or prompts (see `spread`): `(N, C, H, W)` and
-    a `cond`."""
+    """The same unit-variance noises for every model, and labels or prompts (see `spread`): `(N, C, H, W)` and a
+    `cond`."""
     noise = torch.randn(num_samples, *shape, generator=torch.Generator().manual_seed(seed))
     if prompts is not None:
         return noise, {"prompt": [prompts[i] for i in spread(num_samples, len(prompts))]}
-    return noise, {} if num_labels is None else {"class_labels": torch.arange(num_samples) % num_labels}
+    return noise, {} if num_labels is None else {"class_labels": torch.tensor(spread(num_samples, num_labels))}
 
 
 def between_steps(seed: int, place: int) -> torch.Generator:

@@ -394,10 +394,14 @@ class Trainer:
 
     def fail(self, name: str, value: torch.Tensor, what: str = "loss") -> None:
         last = latest_checkpoint(self.output_dir)
-        raise FloatingPointError(
+        text = (
             f"{type(self.distiller).__name__}: the {what} of network {name!r} is {value.item()} at step {self.step}. "
             f"Last good checkpoint: {last or 'none'}. Lower `learning_rate` or use `mixed_precision` 'no'."
         )
+        if self.accelerator.is_main_process:
+            self.write_line({"warning": text})
+            self.draw_health()
+        raise FloatingPointError(text)
 
     # stopping and going on
 
@@ -621,11 +625,11 @@ class Trainer:
                     self.write_folder(self.output_dir / "best", picture=self.output_dir / "samples.png")
             if self._teacher_hook:
                 self._teacher_hook.offload()
-            if main:
-                if values:
-                    self.write_log(values)
-                self.draw_health()
-                log_picture(self.accelerator, self.output_dir / "health.png", self.step)
+            if main and values:
+                self.write_log(values)
+        if main:
+            self.draw_health()
+            log_picture(self.accelerator, self.output_dir / "health.png", self.step)
         self.sampled_step = self.step
         written = checkpoint_path(self.output_dir, self.step)
         if main and written.is_dir():  # a resumed run knows that they are there, and what is to be beaten
@@ -669,6 +673,7 @@ class Trainer:
                 self._divergence = text
         if texts:
             log_text(self.accelerator, "warning", "\n".join(texts), self.step)
+            self.draw_health()  # a run that stops by it is looked at
 
     def write_line(self, values: dict[str, float | str]) -> None:
         about = {"step": self.step, "images": self.images_seen, "seconds": round(self.train_seconds, 1)}

@@ -7,7 +7,7 @@ import tomllib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run, run_on_two_ranks, run_script, script, tiny_unet
+from conftest import ROOT, run, run_on_two_ranks, run_script, script, tiny_unet, training_module
 from datasets import Dataset
 from diffusers import (
     AutoencoderKL,
@@ -24,12 +24,13 @@ from test_extractors import tiny_clip
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffusers_onestep import Metrics, OneStepPipeline, Teacher, evaluate
+from diffusers_onestep.arguments import parse_args
 from diffusers_onestep.evaluation import METRICS, generate, images_per_second, measure
 from diffusers_onestep.features import FashionCNN, load_extractor
 from diffusers_onestep.pictures import picture
 from diffusers_onestep.reference import Reference
-from diffusers_onestep.reports import Score, markdown_table, quality_plot, write_metrics
-from diffusers_onestep.sampler import between_steps, evaluations_of, inputs_of, sampler
+from diffusers_onestep.reports import Score, comparison_grid, markdown_table, quality_plot, write_metrics
+from diffusers_onestep.sampler import between_steps, evaluations_of, inputs_of, sampler, shared_inputs
 from diffusers_onestep.schedulers import solver_for, student_scheduler
 
 OF_PIXELS = [metric for metric in METRICS if metric not in ("clip_score", "retrieval")]
@@ -385,6 +386,50 @@ def test_what_cannot_be_measured_is_refused():
     stock = DDPMPipeline(Teacher.from_pretrained("fashion32").denoiser.network, DDPMScheduler())
     with pytest.raises(ValueError, match=r"`pipeline` must be a .*, but is a DDPMPipeline: load it by `Teacher"):
         evaluate(stock, num_inference_steps=2, num_samples=2)
+
+
+def test_what_cannot_be_measured_is_refused_before_anything_is_sampled(tmp_path, monkeypatch):
+    module = training_module("evaluate")
+    monkeypatch.setattr(module, "generate", lambda *args, **kwargs: pytest.fail("sampled"))
+    network = FashionCNN.from_shipped()
+    moments_alone = dataclasses.replace(Reference.load(None, network), features=None)
+    moments_alone.save(tmp_path / "moments.safetensors")
+    for size in (16, 24):
+        pipeline = ConsistencyModelPipeline(tiny_unet(size=size, channels=3), DDPMScheduler())
+        pipeline.save_pretrained(tmp_path / f"teacher{size}")
+        scheduler = student_scheduler(DDPMScheduler(), "epsilon", student_timesteps=[999], init_noise_sigma=1.0)
+        OneStepPipeline(pipeline.unet, scheduler).save_pretrained(tmp_path / f"student{size}")
+
+    def refused(message, *flags):
+        with pytest.raises(ValueError, match=message):
+            arguments = [str(flag) for flag in (*flags, "--output_dir", tmp_path / "out", "--num_samples", 4)]
+            module.main(parse_args(module.EvaluateArguments, arguments))
+
+    student = ["--model", tmp_path / "student16", "--extractor", "effnet-lite0", "--metrics", "diversity"]
+    refused(
+        r"`resolution` must be one at which all models have the same noises, but the teacher's are of shape \(3, 24",
+        *student, "--pretrained_teacher_model", tmp_path / "teacher24",
+    )  # fmt: skip
+    refused("`metrics` must be without 'clip_score' for models without", *student, "clip_score")
+    refused("`num_inference_steps` must be given", "--model", "fashion32", "--pretrained_teacher_model", "fashion32")
+    flags = ["--model", "fashion32-onestep", "--reference", tmp_path / "moments.safetensors", "--metrics", "kid"]
+    refused(r"`reference` must hold features for the metrics \['kid'\]", *flags)
+
+
+def test_with_fewer_samples_than_labels_they_are_of_all_kinds():
+    _, cond = shared_inputs((1, 2, 2), 1000, 500, 0)
+    assert cond["class_labels"].tolist() == list(range(0, 1000, 2))
+    assert shared_inputs((1, 2, 2), 3, 5, 0)[1]["class_labels"].tolist() == [0, 1, 2, 0, 1]
+
+
+def test_an_odd_number_of_pictures_keeps_the_teacher_above_the_student(tmp_path):
+    def grey(value):
+        return lambda noise, cond, generator: torch.full((len(noise), 1, 8, 8), value, dtype=torch.uint8)
+
+    comparison_grid(grey(50), grey(200), torch.zeros(3, 1, 8, 8), {}, tmp_path / "grid.png")
+    grid = np.array(Image.open(tmp_path / "grid.png").convert("L"))
+    cells = grid.reshape(4, grid.shape[0] // 4, 2, -1)[:, 8, :, 8]
+    assert cells.tolist() == [[50, 50], [200, 200], [50, 255], [200, 255]]
 
 
 def test_files_of_an_earlier_version_still_read(tmp_path):

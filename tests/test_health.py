@@ -36,6 +36,17 @@ def test_a_healthy_log_brings_no_warning():
     assert warnings(updates(0.9, gap=1.0) + updates(0.9, 4 * WINDOW, gap=9.0)) == {}  # the student leaves the teacher
 
 
+def said(*gaps):
+    """The lines of a log at which a warning comes, line by line as a run writes them."""
+    health = Health([])
+    return [i for i, gap in enumerate(gaps) if health.add({"score_gap": gap, "fake_score_lag": -0.5})]
+
+
+def test_a_gap_that_grows_from_zero_is_healthy_and_one_that_leaps_is_not():
+    assert said(*(0.01 * i**2 for i in range(60)), *[36.0] * 40) == []  # the student leaves the teacher
+    assert said(*[1.0] * 20, *(1.0 * 2**i for i in range(10))) == [25]
+
+
 @pytest.mark.parametrize(
     "log, kind, words",
     [
@@ -208,7 +219,7 @@ def test_a_diverging_run_warns_and_stops_if_it_is_asked_to(tmp_path, capsys):
         f"Stopped by --stop_on_divergence after step {2 * WINDOW}" in said
         and "Raise `fake_score_learning_rate`" in said
     )
-    assert latest_checkpoint(stopping).name == f"step-{2 * WINDOW:06d}"
+    assert latest_checkpoint(stopping).name == f"step-{2 * WINDOW:06d}" and (stopping / "health.png").is_file()
     # asked to go on, it does: the warning is known
     train(Losing(), batches_of(), arguments(stopping, resume_from_checkpoint="latest", **settings))
     assert read_log(stopping / "log.jsonl")[-1]["step"] == 2 * WINDOW + 2
@@ -226,6 +237,8 @@ def test_a_run_that_nobody_looks_at_is_not_to_be_stopped_by_its_health(tmp_path,
     Trainer(distiller, arguments(tmp_path, stop_on_divergence=True, validation_steps=1, validation_samples=2))
     with pytest.raises(ValueError, match="must be off for a teacher"):
         arguments(tmp_path, validation_samples=2).refuse_live_numbers()
+    with pytest.raises(ValueError, match="`validation_samples` must be 0 or at least 2, but is 1"):
+        arguments(tmp_path, validation_samples=1)
 
 
 def test_a_line_that_was_cut_off_is_left_out(tmp_path):

@@ -255,6 +255,7 @@ def test_non_finite_loss_or_gradient_names_everything(tmp_path, bad, what):
     message = str(error.value)
     for part in ("Scripted", "'fake_score'", what, "step 2", "step-000002"):
         assert part in message
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["warning"] == message
 
 
 def test_infinite_gradients_are_replaced_where_the_method_says_so(tmp_path):

@@ -28,13 +28,21 @@ from diffusers import DiffusionPipeline
 
 from diffusers_onestep import Metrics, OneStepPipeline, OneStepScheduler, Teacher, create_model_card
 from diffusers_onestep.arguments import DTYPES, HubArguments, patient_accelerator, run_script
-from diffusers_onestep.evaluation import AGAINST_IMAGES, METRICS, check_metrics, extract, generate, measure
+from diffusers_onestep.evaluation import (
+    AGAINST_IMAGES,
+    METRICS,
+    check_metrics,
+    check_reference,
+    extract,
+    generate,
+    measure,
+)
 from diffusers_onestep.features import EXTRACTORS, load_extractor
 from diffusers_onestep.prompts import read_prompts
 from diffusers_onestep.records import command_line
 from diffusers_onestep.reference import Reference
 from diffusers_onestep.reports import comparison_grid, markdown_table, quality_plot, stated, write_metrics
-from diffusers_onestep.sampler import image_shape, inputs_of, network_of, sampler, takes_prompts
+from diffusers_onestep.sampler import image_shape, inputs_of, network_of, sample_shape, sampler, takes_prompts
 
 PICTURES = 20  # on samples.png, of each model
 
@@ -183,11 +191,23 @@ def main(args: EvaluateArguments) -> None:
                 f"`extractor` must be one for images of shape {shape}, but {args.extractor!r} takes "
                 f"({extractor.allowed}) alone: {other}."
             )
+    shapes = {name: sample_shape(model, args.resolution) for name, model in zip(args.model, students, strict=True)}
+    if teacher and any(shape != teacher.sample_shape for shape in shapes.values()):
+        raise ValueError(
+            f"`resolution` must be one at which all models have the same noises, but the teacher's are of shape "
+            f"{teacher.sample_shape}, and of the students {shapes}."
+        )
+    steps_of = [model_steps(pipeline, args) for pipeline in students]
+    if "inception_score" in args.metrics and extractor(torch.zeros(1, *shape, dtype=torch.uint8))[1] is None:
+        raise ValueError(f"`metrics` must be without 'inception_score' for {extractor.label}, which has no logits.")
+    if "clip_score" in args.metrics and not all(map(takes_prompts, models)):
+        raise ValueError("`metrics` must be without 'clip_score' for models without prompts.")
     reference = None
     if {"fd", *AGAINST_IMAGES} & set(args.metrics):
         share = partial(extract, extractor=extractor, all_processes=True)
         images = {"split": args.reference_split, "resolution": args.reference_resolution}
         reference = Reference.load(args.reference, extractor, extract=share, **images)
+        check_reference(reference, args.metrics)
     for model in models:
         state.prepare_model(network_of(model), device_placement=False, evaluation_mode=True)
     prompts = read_prompts(args.prompts) if args.prompts else None
@@ -213,8 +233,8 @@ def main(args: EvaluateArguments) -> None:
         target = target or samples  # what students are to agree with: the teacher at its most steps
         teacher_rows.insert(0, report(samples, reference, args.metrics, target, state.is_main_process))
         pictures = pictures or [sampler(teacher, **own)]
-    for name, pipeline, guidance in zip(args.model, students, fed, strict=True):
-        for steps in model_steps(pipeline, args):
+    for name, pipeline, guidance, own_steps in zip(args.model, students, fed, steps_of, strict=True):
+        for steps in own_steps:
             with on_device(pipeline, state.device):
                 samples = sample(
                     pipeline, name=name, num_inference_steps=steps, resolution=args.resolution, **guidance
@@ -232,7 +252,7 @@ def main(args: EvaluateArguments) -> None:
     write_metrics(numbers, rows, command=command_line() or "", precision=precision)
     quality_plot(rows, output_dir / "quality.png")
     if teacher and students:
-        pictures.append(sampler(students[0], num_inference_steps=model_steps(students[0], args)[-1], **fed[0]))
+        pictures.append(sampler(students[0], num_inference_steps=steps_of[0][-1], **fed[0]))
         with on_device(teacher, state.device), on_device(students[0], state.device):
             comparison_grid(*pictures, *inputs_of(teacher, PICTURES, args.seed, prompts), output_dir / "samples.png")
     if in_student:

@@ -11,6 +11,8 @@ hf://datasets/USER/REPOSITORY/cifar10.safetensors` reads it.
 
 import argparse
 
+from accelerate import PartialState
+
 from diffusers_onestep.features import EXTRACTORS, load_extractor
 from diffusers_onestep.reference import KEPT_FEATURES, Reference
 
@@ -26,7 +28,7 @@ def main(
 ) -> None:
     if not output.endswith(".safetensors"):
         raise ValueError(f"`output` must end with .safetensors, but is {output!r}.")
-    network = load_extractor(extractor, extractor_weights)
+    network = load_extractor(extractor, extractor_weights, PartialState().device)
     Reference.load(dataset, network, split, resolution=resolution).save(output, features)
 
 
