@@ -3,6 +3,7 @@ import json
 import math
 import re
 import tomllib
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from diffusers import (
     DDPMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
+    UNet2DModel,
 )
 from families import tiny_pipeline
 from PIL import Image
@@ -414,6 +416,31 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_sampled(tmp_path,
     refused("`num_inference_steps` must be given", "--model", "fashion32", "--pretrained_teacher_model", "fashion32")
     flags = ["--model", "fashion32-onestep", "--reference", tmp_path / "moments.safetensors", "--metrics", "kid"]
     refused(r"`reference` must hold features for the metrics \['kid'\]", *flags)
+
+
+def test_no_more_samples_at_a_time_than_asked_for_and_no_two_models_on_the_device(tmp_path, monkeypatch):
+    sizes, there, forward = [], [], UNet2DModel.forward
+    module = training_module("evaluate")
+
+    def noting(network, sample, *args, **kwargs):
+        sizes.append(len(sample))
+        return forward(network, sample, *args, **kwargs)
+
+    @contextmanager
+    def on_device(model, device):
+        there.append(model)
+        assert len(there) == 1
+        yield
+        there.pop()
+
+    monkeypatch.setattr(UNet2DModel, "forward", noting)
+    monkeypatch.setattr(module, "on_device", on_device)
+    flags = ["--model", "fashion32-onestep", "--pretrained_teacher_model", "fashion32", "--teacher_steps", "1"]
+    flags += ["--num_samples", "6", "--batch_size", "3", "--metrics", "diversity", "--output_dir", str(tmp_path)]
+    module.main(parse_args(module.EvaluateArguments, flags))
+    assert max(sizes) == 3 and not there
+    with Image.open(tmp_path / "samples.png") as grid:
+        assert grid.size == (10 * 64, 4 * 64)
 
 
 def test_with_fewer_samples_than_labels_they_are_of_all_kinds():

@@ -38,13 +38,21 @@ from diffusers_onestep.evaluation import (
     measure,
 )
 from diffusers_onestep.features import EXTRACTORS, load_extractor
+from diffusers_onestep.hooks import PICTURES, PROMPTED_PICTURES
 from diffusers_onestep.prompts import read_prompts
 from diffusers_onestep.records import command_line
 from diffusers_onestep.reference import Reference
 from diffusers_onestep.reports import comparison_grid, markdown_table, quality_plot, stated, write_metrics
-from diffusers_onestep.sampler import image_shape, inputs_of, network_of, sample_shape, sampler, takes_prompts
-
-PICTURES = 20  # on samples.png, of each model
+from diffusers_onestep.sampler import (
+    Sampler,
+    image_shape,
+    inputs_of,
+    network_of,
+    part_of,
+    sample_shape,
+    sampler,
+    takes_prompts,
+)
 
 
 @dataclass
@@ -232,7 +240,7 @@ def main(args: EvaluateArguments) -> None:
             samples = sample(teacher, name=name, **own)
         target = target or samples  # what students are to agree with: the teacher at its most steps
         teacher_rows.insert(0, report(samples, reference, args.metrics, target, state.is_main_process))
-        pictures = pictures or [sampler(teacher, **own)]
+        pictures = pictures or [in_parts(teacher, sampler(teacher, **own), state.device, args.batch_size)]
     for name, pipeline, guidance, own_steps in zip(args.model, students, fed, steps_of, strict=True):
         for steps in own_steps:
             with on_device(pipeline, state.device):
@@ -252,9 +260,10 @@ def main(args: EvaluateArguments) -> None:
     write_metrics(numbers, rows, command=command_line() or "", precision=precision)
     quality_plot(rows, output_dir / "quality.png")
     if teacher and students:
-        pictures.append(sampler(students[0], num_inference_steps=steps_of[0][-1], **fed[0]))
-        with on_device(teacher, state.device), on_device(students[0], state.device):
-            comparison_grid(*pictures, *inputs_of(teacher, PICTURES, args.seed, prompts), output_dir / "samples.png")
+        run = sampler(students[0], num_inference_steps=steps_of[0][-1], **fed[0])
+        pictures.append(in_parts(students[0], run, state.device, args.batch_size))
+        number = PROMPTED_PICTURES if takes_prompts(teacher) else PICTURES
+        comparison_grid(*pictures, *inputs_of(teacher, number, args.seed, prompts), output_dir / "samples.png")
     if in_student:
         create_model_card(output_dir)
     args.push(output_dir)
@@ -269,6 +278,17 @@ def on_device(model: Teacher | DiffusionPipeline, device: torch.device) -> Itera
         yield
     finally:
         pipeline.to("cpu")
+
+
+def in_parts(model: Teacher | DiffusionPipeline, run: Sampler, device: torch.device, batch_size: int) -> Sampler:
+    """A sampler with its model on the device only while it runs, and no more samples at a time than were measured."""
+
+    def draw(noise, cond, generator):
+        with on_device(model, device):
+            parts = torch.arange(len(noise)).split(batch_size)
+            return torch.cat([run(noise[places], part_of(cond, places), generator) for places in parts])
+
+    return draw
 
 
 def report(samples, reference, metrics, teacher, is_main_process: bool) -> Metrics | None:
