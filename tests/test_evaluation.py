@@ -413,6 +413,9 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_sampled(tmp_path,
         *student, "--pretrained_teacher_model", tmp_path / "teacher24",
     )  # fmt: skip
     refused("`metrics` must be without 'clip_score' for models without", *student, "clip_score")
+    tiny_clip(tmp_path / "clip")
+    logits = ["--extractor", "clip", "--extractor_weights", tmp_path / "clip", "--metrics", "inception_score"]
+    refused("`metrics` must be without 'inception_score' for ", "--model", tmp_path / "student16", *logits)
     refused("`num_inference_steps` must be given", "--model", "fashion32", "--pretrained_teacher_model", "fashion32")
     flags = ["--model", "fashion32-onestep", "--reference", tmp_path / "moments.safetensors", "--metrics", "kid"]
     refused(r"`reference` must hold features for the metrics \['kid'\]", *flags)

@@ -206,7 +206,8 @@ def main(args: EvaluateArguments) -> None:
             f"{teacher.sample_shape}, and of the students {shapes}."
         )
     steps_of = [model_steps(pipeline, args) for pipeline in students]
-    if "inception_score" in args.metrics and extractor(torch.zeros(1, *shape, dtype=torch.uint8))[1] is None:
+    blank = torch.zeros(1, *image_shape(models[0], args.resolution), dtype=torch.uint8)
+    if "inception_score" in args.metrics and extractor(blank)[1] is None:
         raise ValueError(f"`metrics` must be without 'inception_score' for {extractor.label}, which has no logits.")
     if "clip_score" in args.metrics and not all(map(takes_prompts, models)):
         raise ValueError("`metrics` must be without 'clip_score' for models without prompts.")
