@@ -135,6 +135,7 @@ class Trainer:
         self._record: dict = {}
         self._divergence: str | None = None
         self.gradient_norms: dict[str, torch.Tensor] = {}  # of the last update, before clipping
+        self.diagnostics: dict[str, torch.Tensor] = {}  # of the last step, means over this rank's samples
         self._check_health()
         self._prepare()
 
@@ -324,6 +325,7 @@ class Trainer:
             own = self.generators(number, batch["batch_size"])
             runs.append(self.distiller.updates(self.to_device(batch) | {"shared_generator": shared}, own))
         losses: dict[str, list[torch.Tensor]] = {}
+        found: list[dict[str, torch.Tensor]] = []
         while True:
             items = []
             for run in runs:
@@ -332,6 +334,9 @@ class Trainer:
                     self.accelerator.backward(loss / count)
                     items.append((name, loss.detach() / count))
                     del item, loss
+                if self.distiller.diagnostics:
+                    found.append(self.distiller.diagnostics)
+                    self.distiller.diagnostics = {}
             if not items:
                 break
             name = items[0][0]
@@ -340,6 +345,7 @@ class Trainer:
                 self.fail(name, loss)
             losses.setdefault(name, []).append(loss)
             self.optimizer_step(name)
+        self.diagnostics = {key: sum(own[key] for own in found) / len(found) for key in (found[0] if found else ())}
         batch_size = sum(batch["batch_size"] for batch in micro_batches) * self.accelerator.num_processes
         if self.ema is not None:
             self.ema.images_seen, self.ema.batch_size = self.images_seen, batch_size
@@ -654,7 +660,8 @@ class Trainer:
 
     def log(self, losses: dict[str, float]) -> None:
         values = {f"loss/{name}": value for name, value in losses.items()}
-        values |= {name: float(value) for name, value in self.distiller.diagnostics.items()}
+        diagnostics = self.accelerator.reduce(self.diagnostics, "mean")
+        values |= {name: float(value) for name, value in self.distiller.diagnosis(diagnostics).items()}
         norms = {name: float(norm) for name, norm in self.gradient_norms.items()}
         values |= {f"gradient_norm/{name}": norm for name, norm in norms.items()}
         if norms.get("fake_score"):

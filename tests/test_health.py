@@ -198,11 +198,11 @@ class Losing(Scripted):
 
     logged = 0
 
-    @property
-    def diagnostics(self):
+    def updates(self, batch, generator=None):
         self.logged += 1
         lag = 0.9 if self.logged <= WINDOW else 7.0
-        return {"fake_score_lag": torch.tensor(lag), "score_gap": torch.tensor(1.0)}
+        self.diagnostics = {"fake_score_lag": torch.tensor(lag), "score_gap": torch.tensor(1.0)}
+        yield from super().updates(batch, generator)
 
 
 def test_a_diverging_run_warns_and_stops_if_it_is_asked_to(tmp_path, capsys):

@@ -24,7 +24,7 @@ from diffusers_onestep.hooks import student_hooks
 from diffusers_onestep.methods.base import Distiller, Paper
 from diffusers_onestep.optimization import optimizer_class, set_learning_rate
 from diffusers_onestep.pictures import picture
-from diffusers_onestep.run_folder import checkpoints, latest_checkpoint
+from diffusers_onestep.run_folder import checkpoints, latest_checkpoint, read_log
 from diffusers_onestep.trainer import Trainer
 
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
@@ -134,6 +134,29 @@ def test_two_real_ranks_agree_with_one_process(teacher_folder, tmp_path):
     first, second = (torch.cat([(result[key] - start[key]).flatten() for key in start]) for result in results)
     assert first.abs().max() > 1e-4
     torch.testing.assert_close(first, second, rtol=0, atol=2e-3 * first.abs().max().item())
+    # what is logged is of the whole global batch too
+    of_one, of_two = (
+        next(line for line in read_log(folder / "log.jsonl") if "score_gap" in line) for folder in (one, two)
+    )
+    for name in ("score_gap", "fake_score_lag"):
+        assert of_two[name] == pytest.approx(of_one[name], rel=1e-3)
+
+
+def test_the_lag_is_a_ratio_of_means_over_the_global_batch(tmp_path):
+    """Of single samples it would be noise: here +2 and -2 of a gap of 1 and 3, together (2 - 6) / 4."""
+
+    class Compared(Scripted):
+        diagnosis = SiD.diagnosis
+
+        def updates(self, batch, generator=None):
+            gap, along = batch["found"]
+            self.diagnostics = {"score_gap": torch.tensor(gap), "error_along_gap": torch.tensor(along)}
+            yield from super().updates(batch, generator)
+
+    batches = iter([{"batch_size": 2, "cond": {}, "found": found} for found in ((1.0, 2.0), (3.0, -6.0))])
+    train(Compared(), batches, arguments(tmp_path, max_train_steps=1, gradient_accumulation_steps=2))
+    (line,) = read_log(tmp_path / "log.jsonl")
+    assert (line["score_gap"], line["fake_score_lag"]) == (2.0, -1.0)
 
 
 HOLDS_ITS_GROUP = """

@@ -97,7 +97,7 @@ class Distiller(ABC):
     sample_shape: tuple[int, int, int]
     teacher: Denoiser | GuidedDenoiser | None = None  # frozen
     origin: Any = None  # the `Teacher` that it was made from, or a bare denoiser
-    diagnostics: dict[str, torch.Tensor] = {}
+    diagnostics: dict[str, torch.Tensor] = {}  # means over the last micro-batch, which the loop averages
     max_grad_norm: float | None = None
     sanitize_gradients: bool = False  # replace non-finite gradients, as SiD does, instead of stopping
 
@@ -118,6 +118,10 @@ class Distiller(ABC):
         self.teacher.requires_grad_(False).eval()
         own = getattr(self.origin, "sample_shape", None)
         self.sample_shape = tuple(sample_shape or own or sample_shape_of(self.teacher.network))
+
+    def diagnosis(self, diagnostics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What is logged of `diagnostics` that are averaged over the global batch."""
+        return diagnostics
 
     def save_state(self, folder: Path, rank: int) -> None:  # noqa: B027 (most have none)
         """Write what this process's method holds besides networks into a checkpoint, without pickles."""

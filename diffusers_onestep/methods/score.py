@@ -263,12 +263,19 @@ class ScoreDistiller(OneStepDistiller):
 
     @torch.no_grad()
     def diagnose(self, x0: torch.Tensor, teacher_x0: torch.Tensor, fake_x0: torch.Tensor) -> None:
-        """Keep `E|d|**2` with `d = teacher_x0 - fake_x0`, the real objective, and the fake score's lag along `d`,
-        `E[d * (fake_x0 - x0)] / E|d|**2`, which is 0 where the fake score is optimal."""
+        """Keep `E|d|**2` with `d = teacher_x0 - fake_x0`, the real objective, and `E[d * (fake_x0 - x0)]`, which is 0
+        where the fake score is optimal."""
         d = (teacher_x0 - fake_x0).flatten(1)
-        gap = (d**2).sum(1).mean()
-        lag = (d * (fake_x0 - x0).flatten(1)).sum(1).mean() / gap.clamp(min=1e-12)
-        self.diagnostics = {"score_gap": gap, "fake_score_lag": lag}
+        error_along_gap = (d * (fake_x0 - x0).flatten(1)).sum(1).mean()
+        self.diagnostics = {"score_gap": (d**2).sum(1).mean(), "error_along_gap": error_along_gap}
+
+    def diagnosis(self, diagnostics):
+        """The real objective, and the fake score's lag `E[d * (fake_x0 - x0)] / E|d|**2`: a ratio of means, since that
+        of single samples is noise."""
+        if not diagnostics:
+            return {}
+        gap = diagnostics["score_gap"]
+        return {"score_gap": gap, "fake_score_lag": diagnostics["error_along_gap"] / gap.clamp(min=1e-12)}
 
     # what a method decides
 
