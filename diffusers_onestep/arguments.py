@@ -120,11 +120,11 @@ class TrainArguments(HubArguments):
     )
     validation_extractor: str | None = field(
         default=None,
-        metadata={"help": "Network of the live distance; default: fashion for 1x32x32, else effnet-lite0."},
+        metadata={"help": "Network of the live distance; default: fashion for Fashion-MNIST, else effnet-lite0."},
     )
     validation_reference: str | None = field(
         default=None,
-        metadata={"help": "Images of the live distance; default: Fashion-MNIST for 1x32x32, else the teacher's."},
+        metadata={"help": "Images of the live distance; default: its own with fashion, else the teacher's."},
     )
     stop_on_divergence: bool = field(
         default=False, metadata={"help": "When a health warning comes, write a checkpoint and stop."}

@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline, SchedulerMixin
 from tqdm.auto import tqdm
 
+from .families import decode_sparingly
 from .features import CLIP, Extractor, load_extractor
 from .metrics import (
     agreement_points,
@@ -34,7 +35,17 @@ from .metrics import (
 )
 from .reference import Reference
 from .reports import Metrics, Score
-from .sampler import between_steps, evaluations_of, inputs_of, network_of, part_of, sampler
+from .sampler import (
+    batch_size_for,
+    between_steps,
+    evaluations_of,
+    image_shape,
+    inputs_of,
+    network_of,
+    part_of,
+    sampler,
+    takes_prompts,
+)
 from .teacher import Teacher
 
 METRICS = (
@@ -101,7 +112,7 @@ def generate(
     name: str = "model",
     num_inference_steps: int | None = None,
     num_samples: int = 10_000,
-    batch_size: int = 250,
+    batch_size: int | None = None,
     seed: int = 0,
     scheduler: SchedulerMixin | None = None,
     guidance_scale: float | None = None,
@@ -115,6 +126,10 @@ def generate(
         pipeline, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, scheduler=scheduler
     )
     noise, cond = inputs_of(pipeline, num_samples, seed, prompts, resolution)
+    shape = image_shape(pipeline, resolution)
+    batch_size = batch_size or batch_size_for(shape)
+    if takes_prompts(pipeline) and not isinstance(pipeline, Teacher):  # a teacher's does already
+        decode_sparingly(pipeline.vae, *shape[1:])
     if clip and "prompt" not in cond:
         raise ValueError(f"`metrics` must be without 'clip_score' for a {type(pipeline).__name__} without prompts.")
     one = range(1)
@@ -281,7 +296,7 @@ def evaluate(
     name: str = "model",
     num_inference_steps: int | None = None,
     num_samples: int = 10_000,
-    batch_size: int = 250,
+    batch_size: int | None = None,
     seed: int = 0,
     reference: str | Path | Reference | None = None,
     scheduler: SchedulerMixin | None = None,
@@ -303,7 +318,7 @@ def evaluate(
         name (`str`, *optional*, defaults to `"model"`): of the model in the table.
         num_inference_steps (`int`, *optional*): steps; a student has its own number.
         num_samples (`int`, *optional*, defaults to 10000): a distance is comparable only at the same number.
-        batch_size (`int`, *optional*, defaults to 250): samples at a time.
+        batch_size (`int`, *optional*): samples at a time; by default 250, and fewer of images larger than 64 x 64.
         seed (`int`, *optional*, defaults to 0): of the noises, which are the same for every model.
         reference (path or `Reference`, *optional*): see `Reference.load`; by default Fashion-MNIST's test images.
         scheduler (`SchedulerMixin`, *optional*): a solver to sample a teacher with.

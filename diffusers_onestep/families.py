@@ -9,7 +9,7 @@ import inspect
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, __version__
+from diffusers import AutoencoderKL, DiffusionPipeline, __version__
 from torch import nn
 
 from .denoiser import Cond
@@ -225,6 +225,12 @@ class Sana(PixArt):
 
 
 FAMILIES = (Family(), StableDiffusionXL(), StableDiffusion3(), Flux(), PixArt(), PixArtSigma(), Sana())
+
+
+def decode_sparingly(vae: AutoencoderKL, height: int, width: int) -> None:
+    """Images above 256 x 256 one at a time: a decoder's memory grows with the pixels."""
+    if height * width > 256**2:
+        vae.enable_slicing()
 
 
 def family_of(pipeline: DiffusionPipeline) -> Family | None:

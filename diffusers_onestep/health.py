@@ -39,6 +39,7 @@ RISE_LIMIT = 1.5  # of the best distance
 DIVERSITY_SAMPLES = 500
 VALIDATION_SEED = 1000  # other noises than those of the evaluation that is reported
 BATCH_SIZE = 250
+FASHION_LABELS = {"trouser", "pullover", "dress", "sandal", "sneaker", "ankle boot"}  # as all spell them
 ABOUT = ("step", "images", "seconds", "warning")
 
 
@@ -66,7 +67,9 @@ class Watch:
         num_inference_steps: int = 20,
         guidance_scale: float = 1.0,
     ):
-        own = "fashion" if teacher.sample_shape == FashionCNN.input_shape else "effnet-lite0"
+        names = {name.casefold() for name in (teacher.id2label or {}).values()}
+        of_fashion = teacher.sample_shape == FashionCNN.input_shape and names >= FASHION_LABELS
+        own = "fashion" if of_fashion else "effnet-lite0"
         self.extractor = load_extractor(args.validation_extractor or own)
         # latents are decoded too: no more of them than the run itself has room for
         self.batch_size = min(BATCH_SIZE, args.train_batch_size) if teacher.takes_prompts else BATCH_SIZE

@@ -1,6 +1,7 @@
 """Any model, teacher or pipeline, as a function from the noises and conditions that all models share to pixels."""
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -43,6 +44,11 @@ def image_shape(
         return (3, *pipeline.resolution) if pipeline.takes_prompts else tuple(pipeline.sample_shape)
     family = family_of(pipeline)
     return (3, *family.size(pipeline, resolution)) if family else sample_shape(pipeline, resolution)
+
+
+def batch_size_for(image_shape: tuple[int, int, int]) -> int:
+    """How many images are sampled at a time unless somebody knows better: 250 small ones, 8 of 512 x 512."""
+    return max(1, min(250, 8 * 512**2 // math.prod(image_shape[1:])))
 
 
 def network_of(pipeline: Teacher | DiffusionPipeline) -> torch.nn.Module:
@@ -138,7 +144,7 @@ def sampler(
     if teacher is None:
         return _by_pipeline(pipeline, num_inference_steps, {"guidance_scale": guidance_scale})
     guidance = teacher.family.guidance(teacher, 1.0 if guidance_scale is None else guidance_scale)
-    return _by_pipeline(teacher.pipeline, num_inference_steps, guidance)
+    return _by_pipeline(teacher.pipeline, num_inference_steps, guidance, teacher.reference_scheduler)
 
 
 def _by_solver(
@@ -153,11 +159,19 @@ def _by_solver(
     return run
 
 
-def _by_pipeline(pipeline: DiffusionPipeline, num_inference_steps: int | None, guidance: dict[str, Any]) -> Sampler:
-    """A pipeline's own call."""
+def _by_pipeline(
+    pipeline: DiffusionPipeline,
+    num_inference_steps: int | None,
+    guidance: dict[str, Any],
+    scheduler: SchedulerMixin | None = None,
+) -> Sampler:
+    """A pipeline's own call, by its own scheduler or another one."""
     pipeline.set_progress_bar_config(disable=True)
     given = {k: v for k, v in {"num_inference_steps": num_inference_steps, **guidance}.items() if v is not None}
     prompted, family = takes_prompts(pipeline), family_of(pipeline)
+    parts = {} if scheduler is None else {"scheduler": scheduler}
+    if getattr(pipeline, "safety_checker", None) is not None:  # its black squares are no images to measure
+        parts["safety_checker"] = None
 
     @torch.no_grad()
     def run(noise, cond, generator):
@@ -166,7 +180,7 @@ def _by_pipeline(pipeline: DiffusionPipeline, num_inference_steps: int | None, g
         latents = noise.to(device, network_of(pipeline).dtype)
         output = "pt" if prompted else "latent"
         start = family.start(pipeline, latents) if family else {"latents": latents}
-        with without_safety_checker(pipeline):
+        with replaced(pipeline, **parts):
             images = pipeline(**start, generator=generator, output_type=output, **cond, **given).images
         return picture(2 * images - 1) if prompted else picture(images)
 
@@ -174,17 +188,16 @@ def _by_pipeline(pipeline: DiffusionPipeline, num_inference_steps: int | None, g
 
 
 @contextmanager
-def without_safety_checker(pipeline: DiffusionPipeline):
-    """Black squares in place of what Stable Diffusion's checker takes for unsafe are no images to measure."""
-    checker = getattr(pipeline, "safety_checker", None)
-    if checker is None:
-        yield
-        return
-    pipeline.safety_checker = None
+def replaced(pipeline: DiffusionPipeline, **parts: Any):
+    """A pipeline with other parts for a while."""
+    before = {name: getattr(pipeline, name) for name in parts}
+    for name, part in parts.items():
+        setattr(pipeline, name, part)
     try:
         yield
     finally:
-        pipeline.safety_checker = checker
+        for name, part in before.items():
+            setattr(pipeline, name, part)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import nn
 
 from .conditions import Labels, label_embeddings, label_ids, named_labels
 from .denoiser import Cond, Denoiser, GuidedDenoiser
-from .families import FAMILIES, family_of
+from .families import FAMILIES, decode_sparingly, family_of
 from .models import without_variance
 from .network_calls import sample_shape_of
 from .pipelines import OneStepPipeline
@@ -85,8 +85,7 @@ class Teacher:
             if isinstance(part, nn.Module) and name != self.network_name:
                 part.requires_grad_(False).eval()
         self.resolution = self.family.size(pipeline, resolution)
-        if self.resolution[0] * self.resolution[1] > 256**2:
-            pipeline.vae.enable_slicing()  # one image at a time: its memory grows with the pixels
+        decode_sparingly(pipeline.vae, *self.resolution)
         height, width = (side // pipeline.vae_scale_factor for side in self.resolution)
         self.sample_shape = (self.family.latent_channels(network), height, width)
 

@@ -32,7 +32,7 @@ from diffusers_onestep.features import FashionCNN, load_extractor
 from diffusers_onestep.pictures import picture
 from diffusers_onestep.reference import Reference
 from diffusers_onestep.reports import Score, comparison_grid, markdown_table, quality_plot, write_metrics
-from diffusers_onestep.sampler import between_steps, evaluations_of, inputs_of, sampler, shared_inputs
+from diffusers_onestep.sampler import batch_size_for, between_steps, evaluations_of, inputs_of, sampler, shared_inputs
 from diffusers_onestep.schedulers import solver_for, student_scheduler
 
 OF_PIXELS = [metric for metric in METRICS if metric not in ("clip_score", "retrieval")]
@@ -226,8 +226,9 @@ def test_a_model_of_many_steps_is_sampled_as_its_teacher_is(name, nfe):
 @pytest.mark.parametrize("family", ["flux", "pixart", "sana"])
 def test_teachers_of_every_family_and_size_are_sampled_as_in_training(family):
     pipeline = tiny_pipeline(family)
-    if family == "pixart":
-        pipeline.scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
+    own = pipeline.scheduler
+    if family == "pixart":  # by DDIM, as DDPM's noise is not the teacher's
+        own = pipeline.scheduler = DDPMScheduler(clip_sample=False, timestep_spacing="trailing")
     teacher = Teacher(pipeline, resolution=64 if family == "sana" else 32, embedded_guidance=2.5)
     prompts = ["a cat", "snow"]
     noise, cond = inputs_of(teacher, 2, 0, prompts)
@@ -236,6 +237,7 @@ def test_teachers_of_every_family_and_size_are_sampled_as_in_training(family):
         expected = picture(teacher.decode(teacher.sample(noise, teacher.encode(prompts), **settings)))
         found = sampler(teacher, **settings)(noise, cond, None)
         assert found.shape == expected.shape and (found.int() - expected.int()).abs().max() <= 1
+        assert teacher.pipeline.scheduler is own
     network = teacher.denoiser.network
     student = teacher.student_pipeline(network, student_timesteps=[999], init_noise_sigma=1.0)
     assert torch.equal(inputs_of(student, 2, 0, prompts)[0], noise)
@@ -444,6 +446,32 @@ def test_no_more_samples_at_a_time_than_asked_for_and_no_two_models_on_the_devic
     assert max(sizes) == 3 and not there
     with Image.open(tmp_path / "samples.png") as grid:
         assert grid.size == (10 * 64, 4 * 64)
+
+
+@pytest.mark.parametrize("side, number", [(32, 250), (64, 250), (256, 32), (512, 8), (1024, 2), (4096, 1)])
+def test_large_images_are_sampled_fewer_at_a_time(side, number):
+    assert batch_size_for((3, side, side)) == number
+
+
+def test_an_evaluation_that_is_cut_off_leaves_its_rows(tmp_path, monkeypatch):
+    module = training_module("evaluate")
+    sampled = []
+
+    def generate(*inputs, **settings):
+        if len(sampled) == 1:
+            raise MemoryError
+        sampled.append(settings["name"])
+        return original(*inputs, **settings)
+
+    original = module.generate
+    monkeypatch.setattr(module, "generate", generate)
+    (tmp_path / "metrics.json").write_text("{}")
+    flags = ["--model", "fashion32-onestep", "--pretrained_teacher_model", "fashion32", "--teacher_steps", "1"]
+    flags += ["--num_samples", "6", "--metrics", "diversity", "--output_dir", str(tmp_path)]
+    with pytest.raises(MemoryError):
+        module.main(parse_args(module.EvaluateArguments, flags))
+    (row,) = json.loads((tmp_path / "metrics.json").read_text())["results"]
+    assert row["model"] == "teacher" and (tmp_path / "metrics-1.json").read_text() == "{}"
 
 
 def test_with_fewer_samples_than_labels_they_are_of_all_kinds():

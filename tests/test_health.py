@@ -11,6 +11,7 @@ from test_trainer import Scripted, arguments, batches_of
 from diffusers_onestep import OneStepPipeline, SiD, Teacher, train
 from diffusers_onestep.arguments import TrainArguments
 from diffusers_onestep.data import Batches, Conditions
+from diffusers_onestep.features import FashionCNN
 from diffusers_onestep.health import GAP_WINDOW, PATIENCE, WINDOW, Health, Watch, draw_health, warnings
 from diffusers_onestep.hooks import validation
 from diffusers_onestep.run_folder import latest_checkpoint, read_log, truncate_log
@@ -113,6 +114,15 @@ def test_live_numbers_of_a_student_that_is_the_teacher(teacher):
     assert collapsed["saturation"] > 0.5
     halves = torch.tensor([-1.5, -1.001, 1.0, 2.0]).reshape(1, 1, 2, 2).expand(12, 3, -1, -1)
     assert watch(lambda *inputs: halves)["saturation"] == 0.5  # less than a grey level is no clipping
+
+
+def test_only_a_teacher_of_fashion_is_compared_with_fashion():
+    args = TrainArguments(output_dir="unused", validation_samples=2)
+    network = tiny_unet(classes=10, channels=1, size=32)
+    digits, fashion = ({i: str(i) for i in range(10)}, Teacher.from_pretrained("fashion32").id2label)
+    for names, of_fashion in ((digits, False), (None, False), (fashion, True)):
+        watch = Watch(Teacher(ConsistencyModelPipeline(network, DDPMScheduler()), names), args)
+        assert isinstance(watch.extractor, FashionCNN) == of_fashion == (watch.reference is not None)
 
 
 def test_latents_are_decoded_and_conditions_taken_in_turn(teacher):

@@ -12,6 +12,8 @@ from PIL import Image
 
 from diffusers_onestep import OneStepPipeline, Teacher
 from diffusers_onestep.distillation import DistillationArguments
+from diffusers_onestep.evaluation import generate
+from diffusers_onestep.features import load_extractor
 from diffusers_onestep.pipelines.pipeline_text_to_image import TEXT_TO_IMAGE_PIPELINES
 
 FAMILIES = list(BUILDERS)
@@ -284,7 +286,12 @@ def test_sizes_that_stock_pipelines_have_no_table_for_are_the_default(family):
 
 @pytest.mark.parametrize("resolution, sliced", [(256, False), (512, True)])
 def test_large_images_are_encoded_and_decoded_one_at_a_time(resolution, sliced):
-    assert Teacher(tiny_pipeline("sd"), resolution=resolution).pipeline.vae.use_slicing is sliced
+    teacher = Teacher(tiny_pipeline("sd"), resolution=resolution)
+    assert teacher.pipeline.vae.use_slicing is sliced
+    student = TEXT_TO_IMAGE_PIPELINES[STOCK["sd"]].of(tiny_pipeline("sd"))  # as its evaluation has it
+    settings = {"num_inference_steps": 1, "num_samples": 1, "prompts": ["x"], "resolution": resolution}
+    generate(student, load_extractor("effnet-lite0"), **settings)
+    assert student.vae.use_slicing is sliced
 
 
 def test_pixel_teachers_take_no_prompts(folders, tmp_path):

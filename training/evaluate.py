@@ -45,6 +45,7 @@ from diffusers_onestep.reference import Reference
 from diffusers_onestep.reports import comparison_grid, markdown_table, quality_plot, stated, write_metrics
 from diffusers_onestep.sampler import (
     Sampler,
+    batch_size_for,
     image_shape,
     inputs_of,
     network_of,
@@ -83,7 +84,9 @@ class EvaluateArguments(HubArguments):
     num_samples: int = field(
         default=10_000, metadata={"help": "Images of each model; a distance is comparable only at the same number."}
     )
-    batch_size: int = field(default=250, metadata={"help": "Samples at a time."})
+    batch_size: int | None = field(
+        default=None, metadata={"help": "Samples at a time; default: 250, and fewer of images larger than 64x64."}
+    )
     metrics: list[str] = field(
         default_factory=lambda: ["fd"], metadata={"help": f"Some of {', '.join(METRICS)}; the first is plotted."}
     )
@@ -205,6 +208,7 @@ def main(args: EvaluateArguments) -> None:
             f"`resolution` must be one at which all models have the same noises, but the teacher's are of shape "
             f"{teacher.sample_shape}, and of the students {shapes}."
         )
+    batch_size = args.batch_size or batch_size_for(image_shape(models[0], args.resolution))
     steps_of = [model_steps(pipeline, args) for pipeline in students]
     blank = torch.zeros(1, *image_shape(models[0], args.resolution), dtype=torch.uint8)
     if "inception_score" in args.metrics and extractor(blank)[1] is None:
@@ -226,13 +230,24 @@ def main(args: EvaluateArguments) -> None:
         generate,
         extractor=extractor,
         num_samples=args.num_samples,
-        batch_size=args.batch_size,
+        batch_size=batch_size,
         seed=args.seed,
         prompts=prompts,
         clip=load_extractor("clip", args.clip_model, state.device) if "clip_score" in args.metrics else None,
         all_processes=True,
     )
     teacher_rows, student_rows, pictures = [], [], []
+    numbers = output_dir / "metrics.json"
+
+    def keep() -> None:
+        """All rows so far, on disk after each: a run that is cut off leaves them."""
+        rows = student_rows + teacher_rows
+        if len(rows) == 1 and numbers.is_file():  # other metrics of the same models, perhaps
+            free = (output_dir / f"metrics-{number}.json" for number in count(1))
+            numbers.replace(next(path for path in free if not path.exists()))
+        precision = state.mixed_precision if args.dtype == "fp32" else args.dtype
+        write_metrics(numbers, rows, command=command_line() or "", precision=precision)
+
     steps_and_scales = product(sorted(args.teacher_steps, reverse=True), reversed(args.guidance_scale))
     for steps, guidance_scale in steps_and_scales if teacher else ():
         own = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
@@ -240,29 +255,27 @@ def main(args: EvaluateArguments) -> None:
         with on_device(teacher, state.device):
             samples = sample(teacher, name=name, **own)
         target = target or samples  # what students are to agree with: the teacher at its most steps
-        teacher_rows.insert(0, report(samples, reference, args.metrics, target, state.is_main_process))
-        pictures = pictures or [in_parts(teacher, sampler(teacher, **own), state.device, args.batch_size)]
+        if state.is_main_process:  # others share the sampling, and have no numbers
+            teacher_rows.insert(0, report(samples, reference, args.metrics, target))
+            keep()
+        pictures = pictures or [in_parts(teacher, sampler(teacher, **own), state.device, batch_size)]
     for name, pipeline, guidance, own_steps in zip(args.model, students, fed, steps_of, strict=True):
         for steps in own_steps:
             with on_device(pipeline, state.device):
                 samples = sample(
                     pipeline, name=name, num_inference_steps=steps, resolution=args.resolution, **guidance
                 )
-            student_rows.append(report(samples, reference, args.metrics, target, state.is_main_process))
+            if state.is_main_process:
+                student_rows.append(report(samples, reference, args.metrics, target))
+                keep()
     rows = student_rows + teacher_rows
-    if not state.is_main_process or not rows:  # others have shared the sampling, and have no numbers
+    if not rows:
         return
     print(markdown_table(rows))
-    numbers = output_dir / "metrics.json"
-    if numbers.is_file():  # other metrics of the same models, perhaps
-        free = (output_dir / f"metrics-{number}.json" for number in count(1))
-        numbers.replace(next(path for path in free if not path.exists()))
-    precision = state.mixed_precision if args.dtype == "fp32" else args.dtype
-    write_metrics(numbers, rows, command=command_line() or "", precision=precision)
     quality_plot(rows, output_dir / "quality.png")
     if teacher and students:
         run = sampler(students[0], num_inference_steps=steps_of[0][-1], **fed[0])
-        pictures.append(in_parts(students[0], run, state.device, args.batch_size))
+        pictures.append(in_parts(students[0], run, state.device, batch_size))
         number = PROMPTED_PICTURES if takes_prompts(teacher) else PICTURES
         comparison_grid(*pictures, *inputs_of(teacher, number, args.seed, prompts), output_dir / "samples.png")
     if in_student:
@@ -292,10 +305,8 @@ def in_parts(model: Teacher | DiffusionPipeline, run: Sampler, device: torch.dev
     return draw
 
 
-def report(samples, reference, metrics, teacher, is_main_process: bool) -> Metrics | None:
-    """One row, measured and said at once by the main process."""
-    if not is_main_process:
-        return None
+def report(samples, reference, metrics, teacher) -> Metrics:
+    """One row, measured and said at once."""
     row = measure(samples, reference, metrics, teacher)
     numbers = ", ".join(f"{name} {stated(score.value, score.error)}" for name, score in row.scores.items())
     print(f"{row.model}, NFE {row.nfe}: {numbers}", flush=True)
