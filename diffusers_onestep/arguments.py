@@ -17,6 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs, LoggerType
 from transformers import HfArgumentParser
 
 from .errors import input_errors
+from .files import check_writable
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -52,6 +53,7 @@ class HubArguments:
         if self.push_to_hub:
             from .hub import open_repository
 
+            check_writable(Path(folder))
             open_repository(self.repo_id(folder), private=self.hub_private_repo, token=self.hub_token)
 
     def push(self, folder: str | Path) -> None:

@@ -5,12 +5,26 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """What `write_json` wrote."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def check_writable(folder: Path) -> None:
+    """Raise a `PermissionError` that names `folder` unless files can be written there, which is made if it is not
+    there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise PermissionError(
+            f"`folder` must be one that can be written to, but {str(folder)!r} is not: {error}"
+        ) from error
 
 
 @contextmanager

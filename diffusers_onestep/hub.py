@@ -11,7 +11,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from .cards import create_model_card, is_ours
-from .files import read_json
+from .files import check_writable, read_json
 from .lora import LORA_WEIGHTS
 from .records import look_up_license, without_secrets
 
@@ -119,6 +119,7 @@ def push_student(
         raise ValueError(f"`revision` must be None with `create_pr`, which is against main, but is {revision!r}.")
     folder, api = Path(folder), HfApi(token=token)
     student_files(folder)  # before anything is made on the Hub
+    check_writable(folder)  # its card
     again = ["onestep", "push", str(folder), repo_id]
     again += ["--private"] * bool(private) + ["--create_pr"] * create_pr
     again += [] if revision is None else ["--revision", revision]

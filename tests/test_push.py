@@ -24,6 +24,7 @@ from test_cards import python_blocks, trained
 from test_conversion import DDPMPP, SONG, network
 
 from diffusers_onestep import OneStepPipeline, Teacher, convert, create_model_card, push_student
+from diffusers_onestep.arguments import TrainArguments
 from diffusers_onestep.cli import main
 from diffusers_onestep.records import license_of
 from diffusers_onestep.repository import ASSETS, shipped_names
@@ -257,6 +258,19 @@ def test_half_a_student_and_pickles_are_refused_before_the_hub_is_asked(hub, fol
     shutil.rmtree(folder / "unet")
     with pytest.raises(ValueError, match=r"`folder` must hold a whole model or a scheduler, but .* lacks 'unet'"):
         push_student(folder, "student")
+    assert not hub.requests
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_hub_is_asked(hub, folder, monkeypatch):
+    def refuse(dir):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("diffusers_onestep.files.TemporaryFile", refuse)
+    with pytest.raises(PermissionError, match=r"`folder` must be one that can be written to.*Read-only"):
+        push_student(folder, "user/student")
+    arguments = TrainArguments(output_dir=str(folder), push_to_hub=True, hub_model_id="user/student")
+    with pytest.raises(PermissionError, match="`folder` must be one that can be written to"):
+        arguments.open_repository(folder)
     assert not hub.requests
 
 
