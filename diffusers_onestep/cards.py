@@ -147,6 +147,7 @@ def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str
     start_license = run.get("start", {}).get("license", {})  # of the student that it went on from
     given, start_terms = (own.get("license_name") or own.get("license") for own in (terms, start_license))
     start_terms = start_terms if start_terms != given else None
+    resolution = settings.get("resolution")
     loaded = {"revision": run.get("revision"), "variant": settings.get("variant")}
     licenses = run.get("license", {}), base_license, start_license
     joined = {"license": "other", "license_name": f"{given or 'unknown'}-and-{start_terms}"} if start_terms else {}
@@ -170,6 +171,7 @@ def card_facts(folder: Path, name: str, revision: str | None = None) -> dict[str
         "one_dtype": ", dtype=torch.float32" if prompts else "",
         "lora": prompts and teacher is not None and (folder / LORA_WEIGHTS).is_file(),  # others load no adapters
         "guidance_scale": guidance,
+        "size": f"height={resolution}, width={resolution}, " if resolution else "",  # of a stock call
         "stock_guidance": _stock_guidance(index, scheduler, 1.0 if kind == "student" else guidance),
         "teacher": teacher,
         "teacher_source": _arguments(teacher or "its teacher", **loaded, stock=True),

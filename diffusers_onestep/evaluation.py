@@ -313,8 +313,8 @@ def evaluate(
     """How good a student or a teacher is, and its seconds.
 
     Args:
-        pipeline (`OneStepPipeline`, a text-to-image pipeline or `Teacher`): what to sample; a teacher uses its own
-            scheduler (DDIM for DDPM).
+        pipeline (`OneStepPipeline`, a text-to-image pipeline or `Teacher`): what to sample; a teacher by its
+            `reference_scheduler`, as in training.
         name (`str`, *optional*, defaults to `"model"`): of the model in the table.
         num_inference_steps (`int`, *optional*): steps; a student has its own number.
         num_samples (`int`, *optional*, defaults to 10000): a distance is comparable only at the same number.

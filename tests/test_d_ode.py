@@ -14,6 +14,7 @@ from conftest import ROOT, run, run_on_two_ranks, run_script, script, tiny_unet
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.utils import DummyObject
 from families import tiny_pipeline
+from PIL import Image
 from test_cards import python_blocks
 
 import diffusers_onestep
@@ -1005,6 +1006,21 @@ def test_a_solver_with_its_teachers_weights_samples_alike_by_both_blocks_of_its_
         exec(code, {})
         images.append((tmp_path / "sample.png").read_bytes())
     assert len(images) == 2 and images[0] == images[1]
+
+
+def test_the_card_of_a_solver_of_another_size_makes_images_of_this_size(tmp_path, monkeypatch):
+    """FLUX's own would be of 1024 x 1024 pixels."""
+    tiny_pipeline("flux").save_pretrained(tmp_path / "teacher")
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    run_script(
+        "fit_d_ode", "--pretrained_teacher_model", tmp_path / "teacher", "--output_dir", tmp_path / "out",
+        "--solver", "dpmsolver++", "--num_inference_steps", 2, "--scale", 2, "--num_samples", 2,
+        "--num_holdout_samples", 2, "--batch_size", 2, "--resolution", 32, "--prompts", tmp_path / "prompts.txt",
+    )  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (code,) = python_blocks((tmp_path / "out" / "README.md").read_text())
+    exec(code, {})
+    assert Image.open(tmp_path / "sample.png").size == (32, 32)
 
 
 NOTES = {"teacher_model": "a", "revision": None, "variant": None, "guidance_scale": 2.0, "embedded_guidance": 3.5}

@@ -160,7 +160,7 @@ def tiny_stable_diffusion(folder):
     unet = UNet2DConditionModel(sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=16, attention_head_dim=2)  # fmt: skip
-    scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, timestep_spacing="trailing")
     return StableDiffusionPipeline(vae.eval(), text, clip.tokenizer, unet.eval(), scheduler, None, None,
         requires_safety_checker=False), clip  # fmt: skip
 
