@@ -1,7 +1,7 @@
 """Batches for training: any map-style data set, in an order that resumes and splits over ranks exactly."""
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -167,21 +167,33 @@ def load_images(dataset: str, split: str = "train", resolution: int | None = Non
     if image is None:
         raise ValueError(f"`dataset` must have an image column, but {dataset!r} has {sorted(rows.features)}.")
     size = None if resolution is None else (resolution, resolution)
-    pictures = [np.asarray(upright(picture, size)) for picture in rows[image]]
-    if len({picture.ndim for picture in pictures}) != 1:  # some are grey
-        pictures = [picture if picture.ndim == 3 else np.stack([picture] * 3, axis=-1) for picture in pictures]
-    if len(shapes := sorted({picture.shape for picture in pictures})) != 1:
-        more = ", ..." * (len(shapes) > 3)
-        raise ValueError(
-            f"`dataset` must hold images of one shape, but {dataset!r} has {', '.join(map(str, shapes[:3]))}{more}: "
-            "resize them first (a reference: `--resolution` of make_reference.py, `--reference_resolution` of "
-            "evaluate.py)."
-        )
-    images = np.stack(pictures)
+    if not len(rows):
+        raise ValueError(f"`dataset` must hold images, but {dataset!r} has none in its split {split!r}.")
+    images = _in_memory((upright(picture, size) for picture in rows[image]), len(rows), dataset)
     labels = None if label is None else torch.tensor(rows[label])
     names = None if label is None else rows.features[label].names
     captions = None if caption is None else captions_of(rows, caption)
-    return LabelledImages(_channels_first(images), labels, names, captions)
+    return LabelledImages(images, labels, names, captions)
+
+
+def _in_memory(pictures: Iterable[Any], number: int, dataset: str) -> torch.Tensor:
+    """uint8 `(N, C, H, W)` of pictures of one size, grey ones as RGB beside coloured ones; in one array, as they are
+    read, since large sets do not fit into memory twice."""
+    images = None
+    for place, picture in enumerate(pictures):
+        pixels = torch.from_numpy(np.atleast_3d(np.array(picture))).permute(2, 0, 1)
+        if images is None:
+            images = torch.empty(number, *pixels.shape, dtype=torch.uint8)
+        if (found := pixels.shape[1:]) != (first := images.shape[2:]):
+            raise ValueError(
+                f"`dataset` must hold images of one size, but {dataset!r} has {tuple(first)} and {tuple(found)} "
+                "(height, width): resize them first (a reference: `--resolution` of make_reference.py, "
+                "`--reference_resolution` of evaluate.py)."
+            )
+        if len(pixels) > images.shape[1]:  # the first of colour
+            images = images.repeat(1, len(pixels), 1, 1)
+        images[place] = pixels
+    return images
 
 
 def upright(picture: Any, size: tuple[int, int] | None = None) -> Any:

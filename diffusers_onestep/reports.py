@@ -10,7 +10,7 @@ import torch
 from .files import write_json, written_beside
 from .pictures import save_grid
 from .records import provenance
-from .sampler import Sampler, between_steps
+from .sampler import Noises, Sampler, between_steps
 
 
 @dataclass
@@ -88,10 +88,10 @@ def stated_root(mean_square: float, error: float | None) -> str:
     return stated(root, error / (2 * root) if error and root else None)
 
 
-def comparison_grid(above: Sampler, below: Sampler, noise: torch.Tensor, cond: dict[str, Any], path: Path) -> None:
+def comparison_grid(above: Sampler, below: Sampler, noise: Noises, cond: dict[str, Any], path: Path) -> None:
     """A picture of one model (upper row of each pair) and another (lower) on the same noises and conditions."""
     columns, generators = (len(noise) + 1) // 2, [between_steps(0, 0) for _ in range(2)]
-    pictures = [run(noise, cond, generator) for run, generator in zip((above, below), generators, strict=True)]
+    pictures = [run(noise[:], cond, generator) for run, generator in zip((above, below), generators, strict=True)]
     if len(noise) % 2:  # the last row of an odd number is filled with white
         pictures = [torch.cat([picture, torch.full_like(picture[:1], 255)]) for picture in pictures]
     rows = [part for pair in zip(*(p.split(columns) for p in pictures), strict=True) for part in pair]

@@ -71,12 +71,53 @@ def spread(count: int, available: int) -> list[int]:
     return [i * available // count if count < available else i % available for i in range(count)]
 
 
+class Noises:
+    """`torch.randn(num_samples, *shape)` of a seed, drawn as it is read: of all samples only a part is held, so read
+    from beginning to end (30,000 noises of 1024 x 1024 pixels are 29 GiB).
+
+    Args:
+        shape (sequence of `int`): `(C, H, W)` of one.
+        num_samples (`int`): how many.
+        seed (`int`): of the CPU's generator.
+    """
+
+    PART = 64  # samples: whole sixteens of values, which `torch.randn` draws at a time, so parts make the same numbers
+
+    def __init__(self, shape: Sequence[int], num_samples: int, seed: int):
+        self.shape, self.seed = (num_samples, *shape), seed
+        self.parts = max(1, num_samples // self.PART)  # the last is longer: fewer than 16 values are drawn otherwise
+        self._number, self._part, self._generator = -1, torch.empty(0), torch.Generator()
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, places: slice | Sequence[int] | torch.Tensor) -> torch.Tensor:
+        """Noises `(B, C, H, W)` of some samples."""
+        places = torch.arange(len(self))[places]
+        numbers = (places // self.PART).clamp(max=self.parts - 1)
+        noise = torch.empty(len(places), *self.shape[1:])
+        for number in numbers.unique().tolist():
+            here = numbers == number
+            noise[here] = self._read(number)[places[here] - number * self.PART]
+        return noise
+
+    def _read(self, number: int) -> torch.Tensor:
+        if number < self._number or self._number < 0:
+            self._number, self._generator = -1, self._generator.manual_seed(self.seed)
+        while self._number < number:
+            self._number += 1
+            last = self._number == self.parts - 1
+            samples = len(self) - self._number * self.PART if last else self.PART
+            self._part = torch.randn(samples, *self.shape[1:], generator=self._generator)
+        return self._part
+
+
 def shared_inputs(
     shape: Sequence[int], num_labels: int | None, num_samples: int, seed: int, prompts: Sequence[str] | None = None
-) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The same unit-variance noises for every model, and labels or prompts (see `spread`): `(N, C, H, W)` and a
-    `cond`."""
-    noise = torch.randn(num_samples, *shape, generator=torch.Generator().manual_seed(seed))
+) -> tuple[Noises, dict[str, Any]]:
+    """The same unit-variance noises for every model, and labels or prompts (see `spread`): `(N, C, H, W)`, read by
+    places, and a `cond`."""
+    noise = Noises(shape, num_samples, seed)
     if prompts is not None:
         return noise, {"prompt": [prompts[i] for i in spread(num_samples, len(prompts))]}
     return noise, {} if num_labels is None else {"class_labels": torch.tensor(spread(num_samples, num_labels))}
@@ -94,7 +135,7 @@ def inputs_of(
     seed: int,
     prompts: Sequence[str] | None,
     resolution: int | tuple[int, int] | None = None,
-) -> tuple[torch.Tensor, dict[str, Any]]:
+) -> tuple[Noises, dict[str, Any]]:
     """`shared_inputs` of one model."""
     if takes_prompts(pipeline) != (prompts is not None):
         wants = "prompts" if takes_prompts(pipeline) else "no prompts"

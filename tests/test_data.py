@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -6,7 +7,15 @@ import pytest
 import torch
 from conftest import run, run_script, script, training_module
 
-from diffusers_onestep.data import Batches, Conditions, LabelledImages, load_images, load_pairs, write_pairs
+from diffusers_onestep.data import (
+    Batches,
+    Conditions,
+    LabelledImages,
+    _in_memory,
+    load_images,
+    load_pairs,
+    write_pairs,
+)
 
 IMAGES = LabelledImages(torch.arange(10, dtype=torch.uint8).reshape(10, 1, 1, 1), torch.arange(10))
 
@@ -86,7 +95,7 @@ def test_images_of_many_sizes_need_a_resolution(tmp_path):
     for side in (8, 16):
         Image.new("L", (side, side)).save(tmp_path / f"{side}.png")
     with pytest.raises(
-        ValueError, match=r"`dataset` must hold images of one shape, but .* has \(8, 8\), \(16, 16\): "
+        ValueError, match=r"`dataset` must hold images of one size, but .* has \(16, 16\) and \(8, 8\) \(height, w"
     ):
         load_images(str(tmp_path))
     assert load_images(str(tmp_path), resolution=8).images.shape == (2, 1, 8, 8)
@@ -104,6 +113,21 @@ def test_images_of_many_sizes_need_a_resolution(tmp_path):
     np.savez(tmp_path / "a.npz", images_train=np.zeros((1, 8, 8), np.uint8), labels_train=[0], class_names=["a"])
     with pytest.raises(ValueError, match=r"`resolution` must be None for the \.npz file"):
         load_images(str(tmp_path / "a.npz"), resolution=8)
+
+
+def test_pictures_are_held_once():
+    from PIL import Image
+
+    def pictures():
+        for value in range(200):
+            yield Image.new("RGB", (64, 64), (value, 0, 255 - value)) if value else Image.new("L", (64, 64), 7)
+
+    tracemalloc.start()  # it sees NumPy's arrays, which were all of the pictures a second time; PyTorch's it does not
+    images = _in_memory(pictures(), 200, "some")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert images[:, :, 5, 5].tolist() == [[7, 7, 7]] + [[value, 0, 255 - value] for value in range(1, 200)]
+    assert peak < images.numel() / 5
 
 
 def test_palettes_are_shown_as_their_colours(tmp_path):

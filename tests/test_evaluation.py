@@ -32,7 +32,15 @@ from diffusers_onestep.features import FashionCNN, load_extractor
 from diffusers_onestep.pictures import picture
 from diffusers_onestep.reference import Reference
 from diffusers_onestep.reports import Score, comparison_grid, markdown_table, quality_plot, write_metrics
-from diffusers_onestep.sampler import batch_size_for, between_steps, evaluations_of, inputs_of, sampler, shared_inputs
+from diffusers_onestep.sampler import (
+    Noises,
+    batch_size_for,
+    between_steps,
+    evaluations_of,
+    inputs_of,
+    sampler,
+    shared_inputs,
+)
 from diffusers_onestep.schedulers import solver_for, student_scheduler
 
 OF_PIXELS = [metric for metric in METRICS if metric not in ("clip_score", "retrieval")]
@@ -51,7 +59,8 @@ def test_processes_share_the_sampling_and_find_the_same_numbers(tmp_path):
         results.append(json.loads((tmp_path / name / "metrics.json").read_text()))
         assert all((tmp_path / name / picture).is_file() for picture in ("quality.png", "samples.png"))
     teacher = Teacher.from_pretrained("fashion32")
-    above = sampler(teacher, num_inference_steps=2)(*inputs_of(teacher, 20, 0, None), None)[:10]
+    noise, cond = inputs_of(teacher, 20, 0, None)
+    above = sampler(teacher, num_inference_steps=2)(noise[:], cond, None)[:10]
     with Image.open(tmp_path / "one" / "samples.png") as grid:
         assert np.abs(np.asarray(grid)[:64:2, ::2] - np.hstack(above[:, 0]).astype(float)).max() <= 1
     assert "2 processes" in results[1]["hardware"] and "1 processes" in results[0]["hardware"]
@@ -208,6 +217,7 @@ def test_noise_between_steps_is_not_that_of_the_start():
 
     pipe.scheduler.step = step
     noise, cond = inputs_of(pipe, 4, 0, None)
+    noise = noise[:]
     sampler(pipe)(noise, cond, between_steps(0, 0))
     assert all((a - noise).abs().mean() > 0.5 for a in added[:2]) and len(added) == 3
 
@@ -232,6 +242,7 @@ def test_teachers_of_every_family_and_size_are_sampled_as_in_training(family):
     teacher = Teacher(pipeline, resolution=64 if family == "sana" else 32, embedded_guidance=2.5)
     prompts = ["a cat", "snow"]
     noise, cond = inputs_of(teacher, 2, 0, prompts)
+    noise = noise[:]
     for guidance_scale in (1.0, 3.0):
         settings = {"num_inference_steps": 2, "guidance_scale": guidance_scale}
         expected = picture(teacher.decode(teacher.sample(noise, teacher.encode(prompts), **settings)))
@@ -240,7 +251,7 @@ def test_teachers_of_every_family_and_size_are_sampled_as_in_training(family):
         assert teacher.pipeline.scheduler is own
     network = teacher.denoiser.network
     student = teacher.student_pipeline(network, student_timesteps=[999], init_noise_sigma=1.0)
-    assert torch.equal(inputs_of(student, 2, 0, prompts)[0], noise)
+    assert torch.equal(inputs_of(student, 2, 0, prompts)[0][:], noise)
     with evaluations_of(student.transformer) as seen:
         assert sampler(student)(noise, cond, None).shape == expected.shape
     assert seen == [2]
@@ -289,7 +300,8 @@ def test_captioned_images_give_prompts_and_what_they_retrieve(tmp_path, monkeypa
     # the real images are the teacher's own, each beside the prompt that it was made of
     network, asked = load_extractor("effnet-lite0"), [f"drawing {letter}" for letter in "abcdefghijklmnopqrst"]
     teacher = Teacher.from_pretrained(tmp_path / "teacher", resolution=16)
-    drawn = sampler(teacher, num_inference_steps=1)(*inputs_of(teacher, 20, 0, asked), None)
+    noise, cond = inputs_of(teacher, 20, 0, asked)
+    drawn = sampler(teacher, num_inference_steps=1)(noise[:], cond, None)
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in drawn]
     pictures[::2] = [picture.resize((32, 32)) for picture in pictures[::2]]
     for split, captions in (("train", ["a cat", "a dog"]), ("test", asked)):
@@ -474,6 +486,27 @@ def test_an_evaluation_that_is_cut_off_leaves_its_rows(tmp_path, monkeypatch):
     assert row["model"] == "teacher" and (tmp_path / "metrics-1.json").read_text() == "{}"
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 3, 3), (1, 5, 7), (4, 8, 8)])
+@pytest.mark.parametrize("number", [1, 15, 63, 65, 127, 130, 200])
+def test_noises_in_parts_are_those_drawn_at_once(shape, number):
+    noise = torch.randn(number, *shape, generator=torch.Generator().manual_seed(3))
+    parts = Noises(shape, number, 3)
+    for size in (7, 100):
+        batches = torch.arange(number).split(size)
+        assert all(torch.equal(parts[places], noise[places]) for places in [*batches[1::2], *batches[::2]])
+    assert torch.equal(parts[:], noise) and torch.equal(parts[[number - 1, 0]], noise[[number - 1, 0]])
+
+
+def test_of_many_noises_few_are_held(monkeypatch):
+    drawn = []
+    randn = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *shape, **given: drawn.append(shape) or randn(*shape, **given))
+    noise = Noises((2, 4, 4), 10_000, 0)
+    for places in torch.arange(10_000).split(250)[1::2]:  # those of the second of two processes
+        noise[places]
+    assert max(shape[0] for shape in drawn) < 2 * Noises.PART and sum(shape[0] for shape in drawn) == 10_000
+
+
 def test_with_fewer_samples_than_labels_they_are_of_all_kinds():
     _, cond = shared_inputs((1, 2, 2), 1000, 500, 0)
     assert cond["class_labels"].tolist() == list(range(0, 1000, 2))
@@ -484,7 +517,7 @@ def test_an_odd_number_of_pictures_keeps_the_teacher_above_the_student(tmp_path)
     def grey(value):
         return lambda noise, cond, generator: torch.full((len(noise), 1, 8, 8), value, dtype=torch.uint8)
 
-    comparison_grid(grey(50), grey(200), torch.zeros(3, 1, 8, 8), {}, tmp_path / "grid.png")
+    comparison_grid(grey(50), grey(200), Noises((1, 8, 8), 3, 0), {}, tmp_path / "grid.png")
     grid = np.array(Image.open(tmp_path / "grid.png").convert("L"))
     cells = grid.reshape(4, grid.shape[0] // 4, 2, -1)[:, 8, :, 8]
     assert cells.tolist() == [[50, 50], [200, 200], [50, 255], [200, 255]]
